@@ -1,0 +1,149 @@
+"""The run document: one TOML file that says what is cut how, who is where, what is learned from which data.
+
+Each section is a frozen dataclass beside its owner; here they are composed, read, checked and written. Unknown keys
+are errors that name the nearest known one. The resolved document is saved with the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from noren.adapters.lora import Lora
+from noren.embedded import MODEL_DIR
+from noren.errors import ConfigError
+from noren.parties.server import Limits
+from noren.training.data import Data
+from noren.training.loop import Training
+
+Task = Literal["causal-lm", "sequence-classification", "question-answering"]
+Dtype = Literal["float32", "bfloat16"]
+EMBEDDED = "embedded"
+DEFAULT_PLAN = ["client :2", "server 2:-2", "client -2:"]
+Address = Annotated[str, msgspec.Meta(pattern=r"^[^\s/]+:\d{1,5}$")]
+
+
+class Keys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where this party's certificate is: `dir/ca.crt`, `dir/NAME.crt`, `dir/NAME.key` (`noren keys`)."""
+
+    dir: str = "keys"
+    name: str = ""  # of the certificate; empty: the party's name in the plan
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A run document. Relative paths start at the folder of the document."""
+
+    model: str  # a folder, a hub id, a URL, or "embedded"
+    name: str = "run"  # of the run at the servers; unique among an owner's runs
+    task: Task = "causal-lm"
+    plan: list[str] = msgspec.field(default_factory=lambda: list(DEFAULT_PLAN))
+    dtype: Dtype = "float32"
+    device: str = "auto"  # of this party's layers: "cpu", "cuda", "cuda:1", or "auto": a GPU if there is one
+    seed: int = 0
+    out: str = "runs/{name}"  # where the run is kept
+    links: dict[str, Address] = {}  # remote party -> "host:port"
+    keys: Keys = Keys()
+    data: Data | None = None
+    adapter: Lora | None = None
+    training: Training = Training()
+    serve: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name):
+            raise ValueError(f"name {self.name!r} must be 1 to 64 letters, digits, '.', '_' or '-'")
+
+
+class Document:
+    """A run document and the folder that its paths start from."""
+
+    def __init__(self, run: Run, base: Path) -> None:
+        self.run, self.base = run, base
+
+    @classmethod
+    def read(cls, path: Path) -> Document:
+        """Read a TOML file. Raises ConfigError that names the file, the place and the remedy."""
+        if not path.is_file():
+            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{path}: no such run document{hint}")
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not TOML: {error}") from error
+        return cls.of(values, path.resolve().parent, str(path))
+
+    @classmethod
+    def of(cls, values: dict[str, Any], base: Path, where: str = "run document") -> Document:
+        """Check values as a file would hold them. Raises ConfigError."""
+        try:
+            return cls(msgspec.convert(values, Run), base)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{where}: {_explain(str(error), values)}") from error
+
+    def path(self, text: str) -> Path:
+        """Return a path of the document, made absolute."""
+        return (self.base / Path(text).expanduser()).resolve()
+
+    @property
+    def model(self) -> str:
+        """The model's place: the embedded one's folder, an absolute folder, or a hub id or URL as it stands."""
+        if self.run.model == EMBEDDED:
+            return str(MODEL_DIR)
+        local = self.path(self.run.model)
+        return str(local) if local.is_dir() or self.run.model.startswith((".", "/", "~")) else self.run.model
+
+    @property
+    def out(self) -> Path:
+        """Where the run is kept."""
+        return self.path(self.run.out.replace("{name}", self.run.name))
+
+    def to_toml(self) -> str:
+        """The document with every value filled in, as TOML; paths are absolute."""
+        import tomli_w
+
+        run = msgspec.structs.replace(self.run, model=self.model, out=str(self.out))
+        values = msgspec.to_builtins(run)
+        values["keys"]["dir"] = str(self.path(self.run.keys.dir))
+        if self.run.data is not None and self.path(self.run.data.path).exists():
+            values["data"]["path"] = str(self.path(self.run.data.path))
+        return tomli_w.dumps(_without_none(values))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return value
+
+
+def _explain(sentence: str, values: dict[str, Any]) -> str:
+    """Add to msgspec's sentence the place in TOML's words, and the nearest known key."""
+    place = re.search(r" - at `\$?\.?([^`]*)`", sentence)
+    section = f" in [{place[1]}]" if place and place[1] else ""
+    text = sentence[: place.start()] if place else sentence
+    unknown = re.search(r"unknown field `([^`]+)`", text)
+    if unknown is None:
+        return f"{text}{section}"
+    known = _fields(place[1] if place else "")
+    near = difflib.get_close_matches(unknown[1], known, 1)
+    return f"unknown key '{unknown[1]}'{section}; " + (
+        f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+    )
+
+
+def _fields(place: str) -> list[str]:
+    owner: Any = {
+        "": Run,
+        "data": Data,
+        "adapter": Lora,
+        "training": Training,
+        "serve": Limits,
+        "keys": Keys,
+    }.get(place)
+    if owner is None:
+        return []
+    return [field.name for field in msgspec.structs.fields(owner)]

@@ -1,0 +1,95 @@
+"""Every error that Noren raises on purpose, in one tree.
+
+    NorenError
+    ├── ConfigError          a run document, a flag or a file that it names is wrong
+    │   ├── PlanError        a cut that cannot be (gap, overlap, out of range, no such party)
+    │   └── DataError        private data that cannot be read as said
+    ├── ModelError           a model folder, hub id or URL that cannot be read (missing shard, truncated file)
+    │   └── UnfitModel       an architecture that was checked, and cannot be cut exactly
+    ├── LinkError            the peer cannot be reached, or the line broke; trying again may help
+    └── PeerError            the peer answered, and the answer is no
+        ├── HandshakeRefused the two sides were set up for different things
+        ├── ProtocolError    bytes or fields that are not what the protocol says
+        ├── SessionLost      the peer no longer holds what a step builds on; the sender replays or restarts
+        └── OverBudget       the peer's limit of bytes, sessions or time was reached
+
+An error says what is wrong, with the numbers, and what to do. Those below PeerError cross the wire as a code and a
+sentence, and are raised again at the other end as the same class (`to_wire`, `from_wire`).
+"""
+
+from __future__ import annotations
+
+
+class NorenError(Exception):
+    """The root of all errors that Noren raises on purpose."""
+
+
+class ConfigError(NorenError):
+    """A run document, a flag, or a file that one of them names, is wrong."""
+
+
+class PlanError(ConfigError):
+    """A cut that cannot be: a gap, an overlap, layers out of range, an unknown party."""
+
+
+class DataError(ConfigError):
+    """Private data that cannot be read as the run document says."""
+
+
+class ModelError(NorenError):
+    """A model folder, hub id or URL that cannot be read as a model."""
+
+
+class UnfitModel(ModelError):
+    """An architecture that was checked and cannot be cut with exact results."""
+
+
+class LinkError(NorenError):
+    """The peer cannot be reached or the line broke; the same request may be sent again."""
+
+
+class PeerError(NorenError):
+    """The peer answered, and the answer is no."""
+
+
+class HandshakeRefused(PeerError):
+    """The two sides were set up for different things; both values are in the sentence."""
+
+
+class ProtocolError(PeerError):
+    """Bytes or fields that are not what the protocol says."""
+
+
+class SessionLost(PeerError):
+    """The peer no longer holds the state that this step builds on."""
+
+
+class OverBudget(PeerError):
+    """A limit of the peer (bytes, sessions, time) was reached."""
+
+
+WIRE_CODES: dict[str, type[PeerError]] = {
+    "refused": PeerError,
+    "handshake": HandshakeRefused,
+    "protocol": ProtocolError,
+    "session-lost": SessionLost,
+    "over-budget": OverBudget,
+}
+
+
+def to_wire(error: BaseException) -> tuple[str, str]:
+    """Return the code and sentence under which an error crosses to the peer.
+
+    All others cross as a bare class name: their text may hold data of the party that raised them.
+    """
+    for code, cls in WIRE_CODES.items():
+        if type(error) is cls:
+            return code, str(error)
+    if isinstance(error, LinkError):
+        return "refused", f"the next party cannot be reached: {error}"
+    return "refused", f"internal error ({type(error).__name__}); the peer's log has the details"
+
+
+def from_wire(code: str, sentence: str, peer: str) -> PeerError:
+    """Return the error that a peer sent, as the class it had there, naming the peer."""
+    return WIRE_CODES.get(code, PeerError)(f"{peer}: {sentence}")

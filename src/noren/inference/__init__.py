@@ -1,0 +1,1 @@
+"""Generating across a cut: who holds which part of the KV cache."""

@@ -1,0 +1,320 @@
+"""RemoteSpan: the module that stands where the missing layers stood.
+
+It sends the hidden states that reach it to a Handler and returns what comes back, packed to the real tokens. With
+gradients it is an autograd function whose backward is a second message (one round trip each way: two a step). With a
+cache it is a layer of that cache: positions that were appended, cropped or reordered there are so at the server too,
+because every message says where it starts. What was sent is kept, so that a server that lost its cache is refilled.
+"""
+
+from __future__ import annotations
+
+import copy
+import uuid
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin, DummyLayer
+
+from noren.errors import NorenError, ProtocolError, SessionLost
+from noren.partition.stage import pack, unpack
+from noren.partition.steps import RemoteStep
+from noren.types import Backward, Close, Done, Forward, Gradient, Handler, Hidden, Message
+
+
+class History:
+    """What a session has sent: hidden states [B, S, d] with the mask of its real tokens [B, S]."""
+
+    def __init__(self) -> None:
+        self._states: Tensor | None = None
+        self._real: Tensor | None = None
+        self.length = 0
+
+    def append(self, states: Tensor, real: Tensor, start: int) -> None:
+        """Drop what lies at or after column `start`, then add states [B, T, d] and real [B, T]."""
+        end = start + states.shape[1]
+        if self._states is None or self._real is None or self._states.shape[1] < end or start == 0:
+            room = max(end, 2 * start if start else end)
+            grown = states.new_zeros(states.shape[0], room, states.shape[2])
+            mask = torch.zeros(states.shape[0], room, dtype=torch.bool, device=states.device)
+            if start and self._states is not None and self._real is not None:
+                grown[:, :start], mask[:, :start] = self._states[:, :start], self._real[:, :start]
+            self._states, self._real = grown, mask
+        self._states[:, start:end], self._real[:, start:end] = states, real
+        self.length = end
+
+    def reorder(self, rows: Tensor) -> None:
+        """Reorder (or repeat, or drop) the sequences."""
+        if self._states is not None and self._real is not None:
+            self._states, self._real = self._states[rows], self._real[rows]
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        """Return (states [B, S, d], real [B, S])."""
+        if self._states is None or self._real is None:
+            raise SessionLost("nothing was sent in this session, so it cannot be replayed")
+        return self._states[:, : self.length], self._real[:, : self.length]
+
+
+class RemoteLayer(DummyLayer, CacheLayerMixin):  # type: ignore[misc]
+    """The remote layers' place in the client's cache: counts positions and holds no keys or values.
+
+    It must look like a dummy, or masks would be sized on it; and must not look compileable, or `generate` would build
+    4-D masks.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, ended: list[str]) -> None:
+        DummyLayer.__init__(self)
+        self._ended = ended  # sessions that are over; the span tells the server with its next message
+        self._begin()
+
+    def _begin(self) -> None:
+        self.session = uuid.uuid4().hex
+        self.history = History()
+        self.columns: list[bool] = []  # one a column of the client's batch: does it hold a real token?
+        self.rows: Tensor | None = None
+        self._finalizer = weakref.finalize(self, self._ended.append, self.session)
+
+    @property
+    def length(self) -> int:
+        """Columns in the client's cache."""
+        return len(self.columns)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: the layer holds no tensors."""
+
+    def get_seq_length(self) -> int:
+        """Columns that were sent so far."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (length, offset) of the mask over this layer."""
+        return self.length + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last columns: -n as transformers calls it now."""
+        if tokens_to_remove:
+            del self.columns[-abs(tokens_to_remove) :]
+
+    def reset(self) -> None:
+        """Start over as a new session."""
+        self._finalizer()
+        self._begin()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Remember the new order of sequences; it travels with the next message."""
+        self.rows = beam_idx if self.rows is None else self.rows[beam_idx.to(self.rows.device)]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only some sequences."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence."""
+        if self.length:
+            count = len(self.rows) if self.rows is not None else len(self.history.all()[0])
+            self.reorder_cache(torch.arange(count).repeat_interleave(repeats))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteLayer:
+        """A copied cache is a session of its own; the server is refilled from the copied history."""
+        twin = RemoteLayer(self._ended)
+        twin.history, twin.columns = copy.deepcopy(self.history, memo), list(self.columns)
+        twin.rows = copy.deepcopy(self.rows, memo)
+        return twin
+
+
+@dataclass
+class Call:
+    """What the span needs to know of the forward pass it is in, gathered before the first layer."""
+
+    mask: Tensor | None  # [B, S + T] as the model was called, or None
+    layer: RemoteLayer | None  # its place in the cache, or None without a cache
+    keep: int  # only the last `keep` columns are needed back; 0 means all
+    positions: str = "row"  # do positions count from a row's first real token, or from the first "column"?
+
+
+class RemoteSpan(nn.Module):
+    """Stands for layers that other parties hold. `handler` answers its messages.
+
+    `lora_remote` (one number, if the remote stages train) stands for their adapters in the client's optimiser: its
+    gradient is the norm of theirs, so that clipping by the global norm works; see steps.RemoteStep.
+    """
+
+    def __init__(self, handler: Handler, *, answers_head: bool, tuple_size: int, attention_type: str) -> None:
+        super().__init__()
+        self.handler = handler
+        self.answers_head = answers_head  # head-tail: what comes back is the head's raw output
+        self.tuple_size = tuple_size  # 0: the replaced block returns a tensor, else a tuple of so many
+        self.attention_type = self.layer_type = attention_type  # some models read these of their layers
+        self.head_output: Tensor | None = None
+        self.call: Call | None = None
+        self.steps = RemoteStep()
+        self.replays = 0
+        self.ended: list[str] = []
+        self._per_token = True
+        self.register_parameter("lora_remote", None)
+
+    def train_remote(self) -> None:
+        """Declare that the remote stages hold adapters to be trained."""
+        self.lora_remote = nn.Parameter(torch.zeros(1))
+        self.steps.attach(self.lora_remote)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
+        """Take hidden states [B, T, d] through the remote layers: [B, T, d] back, zero at pads."""
+        call, self.call = self.call, None
+        if call is None:
+            raise ProtocolError(
+                "the layers were run outside of the model's own forward pass, so their mask is not known"
+            )
+        self.steps.discard_if_zeroed()
+        real = self._real(hidden_states, call.mask)
+        packed = pack(hidden_states, real)
+        layer = call.layer
+        handle = self.lora_remote
+        wants_grad = torch.is_grad_enabled() and (packed.requires_grad or (handle is not None and handle.requires_grad))
+        if wants_grad:
+            if layer is not None and layer.length:
+                raise ProtocolError(
+                    "a forward pass that continues a cache cannot carry gradients across the cut; "
+                    "call it under torch.no_grad(), or with use_cache=False"
+                )
+            keep = 0
+            out = _Crossing.apply(packed, handle, self, real, call.positions)
+            if layer is not None:
+                self._note(layer, hidden_states.detach(), real)
+        else:
+            keep = call.keep if bool(real[:, -call.keep :].any(0).all()) else 0
+            more = {"positions": call.positions, "keep": keep}
+            if layer is None:
+                out = self._send(self._forward_message(packed, real, "", 0, **more))
+            else:
+                out = self._cached(layer, hidden_states, packed, real, more)
+        return self._answer(out, hidden_states, real, keep)
+
+    @staticmethod
+    def _real(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+        """Return which of the batch's tokens are real [B, T]."""
+        batch, columns = hidden_states.shape[:2]
+        if mask is None:
+            return torch.ones(batch, columns, dtype=torch.bool, device=hidden_states.device)
+        real = mask[:, -columns:].bool()
+        if real.shape != (batch, columns):
+            raise ProtocolError(f"attention mask of shape {list(mask.shape)} for a batch of {batch} x {columns}")
+        return real
+
+    def _answer(
+        self, out: Tensor, hidden_states: Tensor, real: Tensor, keep: int
+    ) -> Tensor | tuple[Tensor | None, ...]:
+        """Lay the packed answer out as the replaced block would have returned it."""
+        wanted = real[:, -keep:]
+        padded = unpack(out, wanted) if self._per_token else out
+        if self.answers_head:
+            self.head_output, padded = padded, hidden_states
+        elif missing := real.shape[1] - wanted.shape[1]:
+            padded = torch.cat([padded.new_zeros(len(real), missing, padded.shape[2]), padded], 1)
+        return (padded, *[None] * (self.tuple_size - 1)) if self.tuple_size else padded
+
+    def _forward_message(self, packed: Tensor, real: Tensor, session: str, start: int, **more: Any) -> Message:
+        meta = Forward(
+            session=session,
+            start=start,
+            lengths=real.sum(1).tolist(),
+            padding=padding_side(real),
+            update=self.steps.pending,
+            ended=self.ended[:],
+            **more,
+        )
+        return Message(meta, {"hidden": packed.detach()})
+
+    def _send(self, message: Message) -> Tensor:
+        """Send a Forward and return the packed hidden states [N', d] that come back."""
+        reply = self.handler(message)
+        if not isinstance(reply.meta, Hidden) or "hidden" not in reply.tensors:
+            raise ProtocolError(f"the peer answered a forward with {reply.kind!r}")
+        assert isinstance(message.meta, Forward)
+        self.steps.sent(message.meta.update)
+        del self.ended[: len(message.meta.ended)]
+        self._per_token = not reply.meta.per_sequence
+        return reply.tensors["hidden"].to(message.tensors["hidden"].device)
+
+    def _cached(self, layer: RemoteLayer, states: Tensor, packed: Tensor, real: Tensor, more: dict[str, Any]) -> Tensor:
+        """A step of a session. A server that lost the session gets all of it again."""
+        start = sum(layer.columns)
+        rows = layer.rows.tolist() if layer.rows is not None and start else None
+        self._note(layer, states, real)
+        try:
+            return self._send(self._forward_message(packed, real, layer.session, start, rows=rows, **more))
+        except SessionLost:
+            if not start:
+                raise
+            self.replays += 1
+            sent, every = layer.history.all()
+            more["keep"] = more["keep"] or int(real.any(0).sum())
+            return self._send(self._forward_message(pack(sent, every), every, layer.session, 0, **more))
+        except NorenError:
+            layer.crop(real.shape[1])
+            raise
+
+    @staticmethod
+    def _note(layer: RemoteLayer, hidden_states: Tensor, real: Tensor) -> None:
+        """Keep what is being sent, in the server's columns (those that hold a real token)."""
+        if layer.rows is not None:
+            layer.history.reorder(layer.rows.to(hidden_states.device))
+            layer.rows = None
+        used = real.any(0)
+        layer.history.append(hidden_states[:, used], real[:, used], sum(layer.columns))
+        layer.columns += used.tolist()
+
+    def flush(self) -> None:
+        """Send an optimiser step that is still waiting for the next message."""
+        self.steps.flush(self.handler)
+
+    def close(self) -> None:
+        """End all sessions and the run at the remote parties."""
+        if not isinstance(self.handler(Message(Close())).meta, Done):
+            raise ProtocolError("the peer did not confirm the end of the run")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """A client's checkpoint holds no trace of the layers it does not own."""
+
+
+def padding_side(real: Tensor) -> Any:
+    """Return "left" or "right" for real [B, T]. Raises ProtocolError where real tokens have gaps between them."""
+    steps = real[:, 1:].int() - real[:, :-1].int()
+    if not bool((steps < 0).any()):
+        return "left"
+    if not bool((steps > 0).any()):
+        return "right"
+    raise ProtocolError(
+        "the attention mask has pads between real tokens, or pads at the left of one row and at the right of another; "
+        "pad all rows of a batch on one side"
+    )
+
+
+class _Crossing(torch.autograd.Function):
+    """Packed hidden states [N, d] through the remote layers, with gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, packed: Tensor, handle: Tensor | None, span: RemoteSpan, real: Tensor, positions: str
+    ) -> Tensor:
+        ctx.span, ctx.session = span, uuid.uuid4().hex
+        more = {"positions": positions, "train": True, "dropout": span.training}
+        message = span._forward_message(packed, real, ctx.session, 0, **more)
+        return span._send(message)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        span: RemoteSpan = ctx.span
+        message = Message(Backward(session=ctx.session), {"gradient": gradients[0].contiguous()})
+        reply = span.handler(message)
+        if not isinstance(reply.meta, Gradient) or "gradient" not in reply.tensors:
+            raise ProtocolError(f"the peer answered a backward with {reply.kind!r}")
+        handle = span.lora_remote
+        norm = None if handle is None else span.steps.accumulated(reply.meta.square_norm)
+        return reply.tensors["gradient"].to(gradients[0].device), norm, None, None, None

@@ -1,0 +1,106 @@
+"""RemoteStep: how an ordinary optimiser at the client also steps the adapters that other parties hold.
+
+The client's model has one extra parameter of one number, `lora_remote`. After a backward pass its gradient is the L2
+norm of the remote adapters' gradients, so `clip_grad_norm_` over the model's parameters clips by the norm over all
+stages, and a loss scaler unscales it with the rest. When the optimiser that holds it steps, what has happened to that
+one gradient (the factor by which it was scaled) and that optimiser's settings are all that the remote side needs to
+make the same step with its own gradients; they travel with the next message. So any training loop that works for the
+whole model works for the split one: plain PyTorch, accelerate, `transformers.Trainer`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from noren.errors import ConfigError, ProtocolError
+from noren.types import Done, Handler, Message, Optimizer, Step, Update
+
+
+class RemoteStep:
+    """Watches the parameter that stands for the remote adapters, and says what their owners must do."""
+
+    def __init__(self) -> None:
+        self.handle: Tensor | None = None
+        self.applied = 0  # steps that the remote side has confirmed
+        self.pending: Update | None = None
+        self._norm = 0.0  # of the remote gradients accumulated since the last step
+
+    def attach(self, handle: Tensor) -> None:
+        """Watch `handle`: every optimiser that holds it also steps the remote side."""
+        self.handle = handle
+        _WATCHED[id(handle)] = self
+
+    def accumulated(self, square_norm: float) -> Tensor:
+        """Return what to add to the handle's gradient, so that it becomes the norm of all that was accumulated."""
+        assert self.handle is not None
+        before = 0.0 if self.handle.grad is None else float(self.handle.grad)
+        self._norm = square_norm**0.5
+        return torch.full_like(self.handle, self._norm - before)
+
+    def stepping(self, group: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+        """Called as an optimiser that holds the handle is about to step."""
+        if self.handle is None or self.handle.grad is None:
+            return
+        if self.pending is not None and self.pending.optimizer is not None:
+            raise ProtocolError("two optimiser steps without a forward pass between them; the first was not sent yet")
+        scale = float(self.handle.grad) / self._norm if self._norm else 1.0
+        self.pending = Update(step=self.applied + 1, scale=scale, optimizer=settings(optimizer, group))
+        self._norm = 0.0
+
+    def restart(self, step: int) -> None:
+        """The remote side was set to its state after `step` steps."""
+        self.applied, self.pending, self._norm = step, None, 0.0
+
+    def sent(self, update: Update | None) -> None:
+        """A message with `update` was answered, so the remote side has applied it."""
+        if update is not None and update is self.pending:
+            self.applied, self.pending = update.step, None
+
+    def discard_if_zeroed(self) -> None:
+        """If the client's gradients were cleared without a step, the remote side's must be too."""
+        cleared = self.handle is not None and (self.handle.grad is None or not float(self.handle.grad))
+        if self._norm and cleared and self.pending is None:
+            self.pending = Update(step=self.applied, scale=0.0, optimizer=None)
+            self._norm = 0.0
+
+    def flush(self, handler: Handler) -> None:
+        """Send a waiting step on its own."""
+        if self.pending is None:
+            return
+        update = self.pending
+        if not isinstance(handler(Message(Step(update=update))).meta, Done):
+            raise ProtocolError("the peer did not confirm an optimiser step")
+        self.sent(update)
+
+
+_WATCHED: weakref.WeakValueDictionary[int, RemoteStep] = weakref.WeakValueDictionary()
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if (watcher := _WATCHED.get(id(parameter))) is not None:
+                watcher.stepping(group, optimizer)
+
+
+register_optimizer_step_pre_hook(_before_step)
+
+
+def settings(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Optimizer:
+    """Return the settings of one optimiser step. Raises ConfigError for an optimiser that the remote side lacks."""
+    if group.get("amsgrad") or group.get("maximize") or group.get("nesterov") or group.get("dampening"):
+        raise ConfigError("amsgrad, maximize, nesterov and dampening are not known to the remote side")
+    kind = type(optimizer)
+    common = {"lr": float(group["lr"]), "weight_decay": float(group["weight_decay"])}
+    if issubclass(kind, torch.optim.AdamW):
+        return Optimizer(name="adamw", betas=tuple(map(float, group["betas"])), eps=float(group["eps"]), **common)
+    if kind is torch.optim.Adam:
+        return Optimizer(name="adam", betas=tuple(map(float, group["betas"])), eps=float(group["eps"]), **common)
+    if kind is torch.optim.SGD:
+        return Optimizer(name="sgd", momentum=float(group["momentum"]), **common)
+    raise ConfigError(f"optimiser {kind.__name__} is not known to the remote side; use AdamW, Adam or SGD")

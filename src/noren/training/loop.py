@@ -1,0 +1,300 @@
+"""The client's training loop: an ordinary PyTorch loop, which does not know that the model is cut.
+
+The same loop trains the whole model in one process; that is how the two are compared. Stepping the remote adapters is
+the optimiser's own doing (partition.steps).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from noren.adapters.checkpoint import replacing
+from noren.errors import ConfigError, ModelError
+from noren.training.batches import IGNORED, Row, batches, collate
+
+
+class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to train (`[training]` in a run document)."""
+
+    epochs: float = 1.0
+    steps: int | None = None  # optimiser steps; if given, `epochs` is not used
+    batch_size: int = 8
+    accumulate: int = 1  # batches whose gradients make one step
+    lr: float = 2e-4
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "linear"
+    warmup: int = 0  # steps
+    clip: float = 1.0  # of the gradient's L2 norm over all stages; 0: no clipping
+    save_every: int = 50  # steps between checkpoints; 0: only at the end
+    evaluate_every: int = 0  # steps between evaluations on the held-out data; 0: only before and after
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        for name in ("weight_decay", "clip", "warmup", "save_every", "evaluate_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError("lr must be above 0")
+        if (self.steps is not None and self.steps < 1) or self.epochs <= 0:
+            raise ValueError("steps must be at least 1, epochs above 0")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One optimiser step that is done."""
+
+    step: int
+    steps: int
+    loss: float
+    norm: float  # of the gradient over all stages, before clipping
+    tokens: int  # real tokens in the step
+    seconds: float
+
+
+@dataclass
+class Outcome:
+    """What a training run did."""
+
+    losses: list[float] = field(default_factory=list)  # one a step
+    evaluations: dict[int, float] = field(default_factory=dict)  # step -> mean loss on held-out data
+    step: int = 0
+    interrupted: bool = False
+
+
+class Remote:
+    """What the loop needs of the remote parties: their state, for a checkpoint. The whole model has none."""
+
+    def pull(self) -> dict[str, Tensor]:
+        """Return adapters and optimiser moments of the remote stages."""
+        return {}
+
+    def push(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Set what `pull` returned."""
+
+    def flush(self) -> None:
+        """Send a step that waits."""
+
+
+class Trainer:
+    """Trains the parameters of `model` that require gradients on `rows`.
+
+    `checkpoint`: the folder of the run's state (written whole or not at all), None to keep none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Sequence[Row],
+        held_out: Sequence[Row],
+        settings: Training,
+        *,
+        pad_id: int,
+        seed: int,
+        remote: Remote | None = None,
+        checkpoint: Path | None = None,
+        report: Callable[[Progress], None] | None = None,
+    ) -> None:
+        if not rows:
+            raise ConfigError("data: there is nothing to train on")
+        self.model, self.rows, self.held_out, self.settings = model, rows, held_out, settings
+        self._pad, self._seed, self._remote = pad_id, seed, remote or Remote()
+        self._checkpoint, self._report = checkpoint, report or (lambda progress: None)
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ConfigError("nothing to train: no party has an adapter; give the run document an [adapter]")
+        per_epoch = math.ceil(math.ceil(len(rows) / settings.batch_size) / settings.accumulate)
+        self.steps = settings.steps or max(1, math.ceil(settings.epochs * per_epoch))
+        self.optimizer = self._make_optimizer()
+        self.schedule = self._make_schedule()
+        self.outcome = Outcome()
+        self._stop = threading.Event()
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        s, parameters = self.settings, list(self.parameters.values())
+        if s.optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=s.lr, weight_decay=s.weight_decay)
+        kind = torch.optim.AdamW if s.optimizer == "adamw" else torch.optim.Adam
+        return kind(parameters, lr=s.lr, weight_decay=s.weight_decay, betas=s.betas)
+
+    def _make_schedule(self) -> Any:
+        from transformers import get_scheduler
+
+        s = self.settings
+        return get_scheduler(s.schedule, self.optimizer, num_warmup_steps=s.warmup, num_training_steps=self.steps)
+
+    def run(self) -> Outcome:
+        """Train to the last step, evaluating before and after; returns what happened.
+
+        Ctrl-C finishes the step at hand, writes a checkpoint and returns with `interrupted` set.
+        """
+        if self.outcome.step == 0:
+            self.evaluate()
+        plan = self._plan()
+        with _interrupts(self._stop):
+            for batch in plan:
+                started = time.perf_counter()
+                loss, norm, tokens = self.step(batch)
+                done = self.outcome
+                done.losses.append(loss)
+                done.step += 1
+                self._report(Progress(done.step, self.steps, loss, norm, tokens, time.perf_counter() - started))
+                s = self.settings
+                if s.evaluate_every and done.step % s.evaluate_every == 0 and done.step < self.steps:
+                    self.evaluate()
+                if self._stop.is_set():
+                    done.interrupted = done.step < self.steps
+                    break
+                if s.save_every and done.step % s.save_every == 0 and done.step < self.steps:
+                    self.save()
+            self._remote.flush()
+            if not self.outcome.interrupted:
+                self.evaluate()
+            self.save()
+        return self.outcome
+
+    def step(self, batch: list[list[Row]]) -> tuple[float, float, int]:
+        """One optimiser step on some batches of rows: returns (loss, gradient norm before clipping, real tokens)."""
+        self.model.train()
+        self.optimizer.zero_grad()
+        counts = [sum(_targets(row) for row in rows) for rows in batch]
+        loss = 0.0
+        for rows, count in zip(batch, counts, strict=True):
+            share = self.loss(rows) * (count / max(sum(counts), 1))
+            share.backward()  # type: ignore[no-untyped-call]
+            loss += float(share.detach())
+        limit = self.settings.clip or math.inf
+        norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
+        self.optimizer.step()
+        self.schedule.step()
+        return loss, norm, sum(len(row["input_ids"]) for rows in batch for row in rows)
+
+    def loss(self, rows: list[Row]) -> Tensor:
+        """Mean loss over the targets of some rows."""
+        device = next(iter(self.parameters.values())).device
+        inputs = {k: v.to(device) for k, v in collate(rows, self._pad).items()}
+        result: Tensor = self.model(**inputs).loss
+        return result
+
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """Return (and note) the mean loss over the targets of the held-out rows; None without any."""
+        if not self.held_out:
+            return None
+        self.model.eval()
+        size, total, targets = self.settings.batch_size, 0.0, 0
+        for start in range(0, len(self.held_out), size):
+            rows = list(self.held_out[start : start + size])
+            count = sum(_targets(row) for row in rows)
+            total += float(self.loss(rows)) * count
+            targets += count
+        self.outcome.evaluations[self.outcome.step] = total / max(targets, 1)
+        return total / max(targets, 1)
+
+    def _plan(self) -> Iterator[list[list[Row]]]:
+        """The batches of every step still to do; the same for the same seed, wherever it is resumed."""
+        step, epoch = 0, 0
+        while step < self.steps:
+            order = batches(self.rows, self.settings.batch_size, self._seed, epoch)
+            for start in range(0, len(order), self.settings.accumulate):
+                if step >= self.steps:
+                    return
+                if step >= self.outcome.step:
+                    yield [[self.rows[i] for i in batch] for batch in order[start : start + self.settings.accumulate]]
+                step += 1
+            epoch += 1
+
+    def save(self) -> None:
+        """Write the run's state: adapters and optimisers of all parties, position, random numbers."""
+        if self._checkpoint is None:
+            return
+        self._remote.flush()
+        tensors = {f"client/{name}": p.detach().clone() for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for kind, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"moments/{kind}/{name}"] = value.detach().clone()
+        tensors |= {f"remote/{name}": t for name, t in self._remote.pull().items()}
+        tensors["random"] = torch.get_rng_state()
+        done = self.outcome
+        words = {
+            "step": done.step,
+            "steps": self.steps,
+            "losses": done.losses,
+            "evaluations": {str(k): v for k, v in done.evaluations.items()},
+        }
+        with replacing(self._checkpoint) as draft:
+            save_file(tensors, draft / "state.safetensors")
+            (draft / "state.json").write_text(json.dumps(words) + "\n")
+
+    def resume(self) -> int:
+        """Continue from the checkpoint: returns its step. Raises ModelError if it does not fit this run."""
+        if self._checkpoint is None or not (self._checkpoint / "state.json").is_file():
+            raise ModelError(f"{self._checkpoint}: no checkpoint to resume from; start without --resume")
+        words = json.loads((self._checkpoint / "state.json").read_text())
+        tensors = load_file(self._checkpoint / "state.safetensors")
+        for name, parameter in self.parameters.items():
+            saved = tensors.get(f"client/{name}")
+            if saved is None or saved.shape != parameter.shape:
+                raise ModelError(f"{self._checkpoint} is of another run: {name!r} is missing or has another shape")
+        if words["steps"] != self.steps:
+            raise ModelError(f"{self._checkpoint} is of a run of {words['steps']} steps, this one has {self.steps}")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"client/{name}"])
+        for name, parameter in self.parameters.items():
+            moments = {
+                k.split("/")[1]: t for k, t in tensors.items() if k.startswith("moments/") and k.endswith(f"/{name}")
+            }
+            if moments:
+                self.optimizer.state[parameter] = moments
+        for _ in range(words["step"]):
+            self.optimizer._step_count = 1  # type: ignore[attr-defined]
+            self.schedule.step()
+        remote = {k.removeprefix("remote/"): t for k, t in tensors.items() if k.startswith("remote/")}
+        self._remote.push(remote, words["step"])
+        torch.set_rng_state(tensors["random"])
+        self.outcome = Outcome(words["losses"], {int(k): v for k, v in words["evaluations"].items()}, words["step"])
+        return int(words["step"])
+
+
+def _targets(row: Row) -> int:
+    """How many predictions of a row count in the loss."""
+    labels = row.get("labels")
+    return 1 if labels is None else sum(label != IGNORED for label in labels[1:])
+
+
+@contextmanager
+def _interrupts(stop: threading.Event) -> Iterator[None]:
+    """Turn the first Ctrl-C into a request to stop; the second interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,1 @@
+"""The path between parties: frames, links, identity."""
