@@ -28,7 +28,7 @@ class Meta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """What a message asks or answers, without its tensors. Fields are checked when bytes are decoded."""
 
 
-class Hello(Meta, tag="hello"):
+class Hello(Meta, frozen=True, kw_only=True, tag="hello"):
     """Client to server, first on every connection: what the client was set up for. Answer: `Welcome`."""
 
     protocol: int
@@ -41,7 +41,7 @@ class Hello(Meta, tag="hello"):
     seed: int  # initial values of the remote adapters
 
 
-class Welcome(Meta, tag="welcome"):
+class Welcome(Meta, frozen=True, kw_only=True, tag="welcome"):
     """Server to client: accepted. `trainable` counts the parameters that the remote stages train for this run."""
 
     party: str
@@ -73,7 +73,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     optimizer: Optimizer | None
 
 
-class Forward(Meta, tag="forward"):
+class Forward(Meta, frozen=True, kw_only=True, tag="forward"):
     """Hidden states of real tokens going up: tensor `hidden` [N, d]. Answer: `Hidden`.
 
     A step is named by (session, start) and may be repeated: the server crops its cache to `start`, then appends.
@@ -92,7 +92,7 @@ class Forward(Meta, tag="forward"):
     ended: list[str] = []  # sessions that the client no longer needs
 
 
-class Hidden(Meta, tag="hidden"):
+class Hidden(Meta, frozen=True, kw_only=True, tag="hidden"):
     """Hidden states (or the head's raw output) coming back: tensor `hidden` [N', d'].
 
     N' counts the real tokens among the last `keep` columns; or B rows if the head gives one row a sequence.
@@ -101,13 +101,13 @@ class Hidden(Meta, tag="hidden"):
     per_sequence: bool = False
 
 
-class Backward(Meta, tag="backward"):
+class Backward(Meta, frozen=True, kw_only=True, tag="backward"):
     """Gradient of the loss with respect to `Hidden.hidden`: tensor `gradient` of its shape. Answer: `Gradient`."""
 
     session: str
 
 
-class Gradient(Meta, tag="gradient"):
+class Gradient(Meta, frozen=True, kw_only=True, tag="gradient"):
     """Gradient with respect to `Forward.hidden`: tensor `gradient` [N, d].
 
     `square_norm` is the squared L2 norm of the gradients accumulated in all remote stages since the last step.
@@ -116,43 +116,43 @@ class Gradient(Meta, tag="gradient"):
     square_norm: float
 
 
-class Step(Meta, tag="step"):
+class Step(Meta, frozen=True, kw_only=True, tag="step"):
     """An optimiser step on its own, when nothing else is about to be sent. Answer: `Done`."""
 
     update: Update
 
 
-class Pull(Meta, tag="pull"):
+class Pull(Meta, frozen=True, kw_only=True, tag="pull"):
     """Ask for the remote adapters, under the whole model's names. Answer: `State`."""
 
     optimizer: bool = False  # also the optimiser's moments, for a checkpoint
 
 
-class Push(Meta, tag="push"):
+class Push(Meta, frozen=True, kw_only=True, tag="push"):
     """Set the remote adapters (and optimiser, if the tensors hold it), as `Pull` gave them. Answer: `Done`."""
 
     step: int
 
 
-class State(Meta, tag="state"):
-    """The remote adapters after `step` steps. Tensors: name in the whole model -> values, `optimizer/...` -> moments."""
+class State(Meta, frozen=True, kw_only=True, tag="state"):
+    """The remote adapters after `step` steps. Tensors: name in the whole model: values; `optimizer/...`: moments."""
 
     step: int
 
 
-class Close(Meta, tag="close"):
+class Close(Meta, frozen=True, kw_only=True, tag="close"):
     """End a session, or with `session` None the run and all it holds at the server. Answer: `Done`."""
 
     session: str | None = None
 
 
-class Done(Meta, tag="done"):
+class Done(Meta, frozen=True, kw_only=True, tag="done"):
     """It is done."""
 
     step: int = 0
 
 
-class Failure(Meta, tag="failure"):
+class Failure(Meta, frozen=True, kw_only=True, tag="failure"):
     """The peer refused: an error's code and sentence (see errors.from_wire)."""
 
     code: str
@@ -176,7 +176,7 @@ class Message:
 
 
 Handler = Callable[[Message], Message]
-"""Whatever answers a message: a server, a link to a far one, or either behind guards. Raises a NorenError or answers."""
+"""Whatever answers a message: a server, a link to a far one, or either behind guards. May raise a NorenError."""
 
 Guard = Callable[[Message, Handler], Message]
 """Wraps a Handler: may change or refuse what goes out, and what comes back."""

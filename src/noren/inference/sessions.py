@@ -67,7 +67,7 @@ class Sessions:
             raise ProtocolError(f"the session has {len(session.mask)} sequences, the step has {len(frame.lengths)}")
         self._sessions.pop(key, None)  # a step that fails half-way leaves no half-filled cache behind
         mask = torch.cat([session.mask, frame.real], 1)
-        out = self._stage(frame.padded(), mask, session.cache, frame.positions)
+        out = self._stage(frame.padded(), mask, session.cache, frame.positions, frame.keep)
         session.mask, session.last_columns, session.used = mask, frame.real.shape[1], self._clock()
         session.nbytes = cache_bytes(session.cache)
         self._make_room(key[0], session.nbytes)

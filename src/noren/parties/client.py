@@ -19,6 +19,7 @@ from noren.adapters.lora import Lora
 from noren.config import Document
 from noren.errors import ConfigError, LinkError, ModelError, PeerError, ProtocolError, SessionLost
 from noren.parties import fitness
+from noren.parties.labels import set_labels
 from noren.partition.client import build_client, remote_span, whole_name
 from noren.partition.remote import RemoteSpan
 from noren.partition.stage import Slice, new_heads, open_slice
@@ -83,11 +84,21 @@ def load(
 class Client:
     """The client of one run. `model` is the transformers model, `link` its line to the first remote party."""
 
-    def __init__(self, document: Document, handler: Handler | None = None, adapter: Lora | None = None) -> None:
+    def __init__(
+        self,
+        document: Document,
+        handler: Handler | None = None,
+        adapter: Lora | None = None,
+        *,
+        labels: list[str] | None = None,
+        pad_id: int | None = None,
+    ) -> None:
         run = document.run
         self.document, self.lora = document, adapter or run.adapter
         self.part = open_slice(document.model, run.plan, None, run.task)
         fitness.require(self.part.config, run.task, self.part.location)
+        if labels:
+            set_labels(self.part, labels, pad_id)
         self._closed = False
         self._pushed: tuple[dict[str, Tensor], int] | None = None
         self.link = self._connect(handler)

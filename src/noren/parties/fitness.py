@@ -99,7 +99,8 @@ def require(config: PretrainedConfig, task: str, where: str) -> Verdict:
         os.replace(draft.name, path)
     if not verdict.fit:
         raise UnfitModel(
-            f"{where}: {verdict.architecture} ({task}) was checked and cannot be cut: {verdict.reason}; see `noren check`"
+            f"{where}: {verdict.architecture} ({task}) was checked and cannot be cut: {verdict.reason}; "
+            "see `noren check`"
         )
     return verdict
 

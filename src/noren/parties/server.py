@@ -229,7 +229,8 @@ class Connection:
             self._end(run, meta.ended)
             if meta.update is not None:
                 run.trainer.update(meta.update)
-            frame = Frame(hidden, meta.lengths, meta.padding, meta.positions)
+            keep = meta.keep if run.following is None else 0
+            frame = Frame(hidden, meta.lengths, meta.padding, meta.positions, keep)
             if meta.train:
                 out = run.trainer.forward(meta.session, frame, dropout=meta.dropout)
             elif meta.session and server.stage.causal:
@@ -238,12 +239,11 @@ class Connection:
             else:
                 run.trainer.use(dropout=False)
                 with torch.inference_mode():
-                    out = server.stage(frame.padded(), frame.real, positions=frame.positions)
+                    out = server.stage(frame.padded(), frame.real, positions=frame.positions, keep=keep)
         if run.following is not None:
             return run.following(Message(meta, {"hidden": frame.packed(out)}))
         if out.dim() == 2:
             return Message(Hidden(per_sequence=True), {"hidden": out})
-        frame.keep = meta.keep
         return Message(Hidden(), {"hidden": frame.packed(out).contiguous()})
 
     def _backward(self, run: Run, meta: Backward, message: Message) -> Message:

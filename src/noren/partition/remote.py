@@ -57,7 +57,7 @@ class History:
         return self._states[:, : self.length], self._real[:, : self.length]
 
 
-class RemoteLayer(DummyLayer, CacheLayerMixin):  # type: ignore[misc]
+class RemoteLayer(DummyLayer, CacheLayerMixin):
     """The remote layers' place in the client's cache: counts positions and holds no keys or values.
 
     It must look like a dummy, or masks would be sized on it; and must not look compileable, or `generate` would build

@@ -86,6 +86,7 @@ def shrink(config: PretrainedConfig, layers: int, task: str = "causal-lm") -> Pr
         if isinstance(getattr(small, key, None), int):
             _put(small, key, value)
     small.vocab_size = VOCABULARY
+    small.dtype = torch.float32  # some classes build their base model in the config's own
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = getattr(small, key, None)
         if isinstance(token, list) or (isinstance(token, int) and token >= VOCABULARY):

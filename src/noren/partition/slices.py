@@ -71,8 +71,8 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
         raise ModelError(f"{checkpoint.location}/config.json is no {model_type!r} config: {error}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise UnfitModel(
-            f"{checkpoint.location}: {model_type} is an encoder-decoder; its decoder attends to the encoder's output in "
-            "every layer, which one chain of spans cannot carry. Use a decoder-only or an encoder-only model"
+            f"{checkpoint.location}: {model_type} is an encoder-decoder; its decoder attends to the encoder's output "
+            "in every layer, which one chain of spans cannot carry. Use a decoder-only or an encoder-only model"
         )
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
         raise UnfitModel(f"{checkpoint.location}: the config of type {model_type!r} names no num_hidden_layers")

@@ -143,7 +143,7 @@ def build_model(
 def unroll_shared(model: PreTrainedModel) -> None:
     """Give a model whose blocks share weights (ALBERT) one entry a layer, all of them the same module."""
     if family(model.config.model_type).shared_blocks:
-        name, blocks = find_blocks(model.base_model)
+        blocks = find_blocks(model.base_model)[1]
         if len(blocks) != 1:
             raise UnfitModel(f"{model.config.model_type}: {len(blocks)} groups of shared layers; only one can be cut")
         layers = int(model.config.num_hidden_layers)
@@ -212,6 +212,7 @@ class Stage(nn.Module):
 
     def __init__(self, part: Slice, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype  # of the base weights, and of what crosses
         self.plan, self.party, self.task, self.fingerprint = (
             part.plan,
             part.party,
@@ -254,11 +255,6 @@ class Stage(nn.Module):
         """Size of the hidden states that arrive."""
         return int(self.config.hidden_size)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the base weights and of what crosses."""
-        return next(p.dtype for n, p in self.model.named_parameters() if "lora_" not in n)
-
     def new_cache(self) -> DynamicCache:
         """An empty KV cache for these layers, which can be rolled back."""
         cache = DynamicCache(config=self.config)
@@ -266,11 +262,12 @@ class Stage(nn.Module):
         return cache
 
     def forward(
-        self, padded: Tensor, mask: Tensor, cache: DynamicCache | None = None, positions: str = "row"
+        self, padded: Tensor, mask: Tensor, cache: DynamicCache | None = None, positions: str = "row", keep: int = 0
     ) -> Tensor:
         """Run the layers on padded [B, T, d], with mask [B, S + T] over what the cache holds (S) and the batch.
 
         `positions`: do they count from a row's first real token ("row") or from the first column ("column")?
+        `keep`: a language-model head need only be computed for so many last columns (0: for all).
         Returns [B, T, d], or the head's raw output if this stage holds the head ([B, T, V] or [B, K]).
         """
         columns = padded.shape[1]
@@ -283,6 +280,8 @@ class Stage(nn.Module):
             if "position_ids" in self._takes:
                 counted = mask if positions == "row" else torch.ones_like(mask)
                 arguments["position_ids"] = (counted.long().cumsum(-1) - 1).clamp(min=0)[:, -columns:]
+        if self.head and "logits_to_keep" in self._takes:
+            arguments["logits_to_keep"] = keep
         if not self.head:
             hidden: Tensor = self.model(**arguments).last_hidden_state
             return hidden

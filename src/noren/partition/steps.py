@@ -11,7 +11,7 @@ whole model works for the split one: plain PyTorch, accelerate, `transformers.Tr
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -96,11 +96,11 @@ def settings(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Optimiz
     if group.get("amsgrad") or group.get("maximize") or group.get("nesterov") or group.get("dampening"):
         raise ConfigError("amsgrad, maximize, nesterov and dampening are not known to the remote side")
     kind = type(optimizer)
-    common = {"lr": float(group["lr"]), "weight_decay": float(group["weight_decay"])}
-    if issubclass(kind, torch.optim.AdamW):
-        return Optimizer(name="adamw", betas=tuple(map(float, group["betas"])), eps=float(group["eps"]), **common)
-    if kind is torch.optim.Adam:
-        return Optimizer(name="adam", betas=tuple(map(float, group["betas"])), eps=float(group["eps"]), **common)
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    if issubclass(kind, torch.optim.AdamW) or kind is torch.optim.Adam:
+        first, second = map(float, group["betas"])
+        name: Literal["adamw", "adam"] = "adamw" if issubclass(kind, torch.optim.AdamW) else "adam"
+        return Optimizer(name=name, lr=lr, weight_decay=decay, betas=(first, second), eps=float(group["eps"]))
     if kind is torch.optim.SGD:
-        return Optimizer(name="sgd", momentum=float(group["momentum"]), **common)
+        return Optimizer(name="sgd", lr=lr, weight_decay=decay, momentum=float(group["momentum"]))
     raise ConfigError(f"optimiser {kind.__name__} is not known to the remote side; use AdamW, Adam or SGD")

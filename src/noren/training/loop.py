@@ -178,7 +178,7 @@ class Trainer:
         loss = 0.0
         for rows, count in zip(batch, counts, strict=True):
             share = self.loss(rows) * (count / max(sum(counts), 1))
-            share.backward()  # type: ignore[no-untyped-call]
+            share.backward()
             loss += float(share.detach())
         limit = self.settings.clip or math.inf
         norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))

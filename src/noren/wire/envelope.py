@@ -1,7 +1,7 @@
 """A message as bytes, and back, with every byte from the peer checked before it is used.
 
     prefix   24 bytes: magic "NRN1", header length (u32), request number (u64), body length (u64), little endian
-    header   JSON of `Header`: the meta, and name, dtype and shape of each tensor; at most 64 KiB unless the meta is long
+    header   JSON of `Header`: the meta, and name, dtype and shape of each tensor; at most 1 MiB
     body     the tensors' bytes one after another, dense, little endian
 
 Nothing is decoded that is not in the schema of types.py; no object is ever unpickled.
@@ -57,7 +57,7 @@ def encode(message: Message, request: int) -> list[memoryview]:
             raise ProtocolError(f"tensor {name!r} is {tensor.dtype}; only {', '.join(DTYPES)} may cross")
         described.append((name, _NAMES[tensor.dtype], list(tensor.shape)))
         dense = tensor.detach().to("cpu").contiguous()
-        bodies.append(memoryview(dense.flatten().view(torch.uint8).numpy()))
+        bodies.append(memoryview(dense.flatten().view(torch.uint8).numpy().data))
     header = _ENCODER.encode(Header(message.meta, described))
     if len(header) > MAX_HEADER:
         raise ProtocolError(

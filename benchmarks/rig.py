@@ -1,0 +1,82 @@
+"""What the benchmarks share: a random-weight Llama of a real shape, a server process for its middle, one JSON line."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+import transformers
+
+from noren.config import Document
+from noren.wire.identity import ensure
+
+transformers.utils.logging.disable_progress_bar()
+SHAPES = {"160M": {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 2048, "num_attention_heads": 12}}
+PLAN = ["client :2", "server 2:-2", "client -2:"]
+
+
+def llama(folder: Path, shape: str, vocabulary: int = 32_000) -> Path:
+    """Write a random-weight Llama in bf16, as a model folder."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **SHAPES[shape], num_key_value_heads=4, vocab_size=vocabulary, max_position_embeddings=2048
+    )
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / shape)
+    return folder / shape
+
+
+@contextmanager
+def server(folder: Path, values: dict[str, Any], threads: int) -> Iterator[Document]:
+    """Run `noren serve` for the middle of a run document's model in a process of its own; yields the document."""
+    keys = folder / "keys"
+    ensure(keys, "server", "server")
+    ensure(keys, "client", "client")
+    values = values | {"keys": {"dir": str(keys)}, "links": {"server": "127.0.0.1:1"}}
+    path = folder / "run.toml"
+    path.write_text(Document.of(values, folder).to_toml())
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "noren.cli.main", "serve", str(path), "--party", "server"]
+    command += ["--listen", "127.0.0.1:0", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        port = json.loads(process.stdout.readline())["port"]
+        yield Document.of(values | {"links": {"server": f"127.0.0.1:{port}"}}, folder)
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+def alternate(repeats: int, first: Callable[[], float], second: Callable[[], float]) -> tuple[list[float], list[float]]:
+    """Measure two things in turn, after one uncounted run of each."""
+    first(), second()
+    pairs = [(first(), second()) for _ in range(repeats)]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def median_ratio(a: list[float], b: list[float]) -> float:
+    """Median over pairs of a / b."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder that is removed afterwards."""
+    return tempfile.TemporaryDirectory(prefix="noren-bench-")
+
+
+def show(**figures: Any) -> None:
+    """Print the one JSON line."""
+    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
+    print(json.dumps(rounded), flush=True)

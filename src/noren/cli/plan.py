@@ -1,0 +1,73 @@
+"""`noren plan`: what a cut costs, before anything is downloaded or started."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from noren.cli.show import AsJson, DtypeName, Model, Task, TaskName, bytes_of, count_of, place_of, say
+
+if TYPE_CHECKING:
+    from noren.partition.estimate import Cost
+
+
+def plan(
+    model: Model,
+    cut: Annotated[str, typer.Option("--plan", help='The cut; default ":2 at the client, 2:-2 at a server".')] = "",
+    task: Task = TaskName.causal_lm,
+    dtype: Annotated[DtypeName, typer.Option(help="Of the weights, and of what crosses.")] = DtypeName.float32,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in a training step.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Show what each party would hold and what would cross, from the config and the shards' headers alone."""
+    from noren.config import DEFAULT_PLAN
+    from noren.partition.checkpoint import open_checkpoint
+    from noren.partition.estimate import estimate
+
+    checkpoint = open_checkpoint(place_of(model))
+    cost = estimate(
+        checkpoint, cut or DEFAULT_PLAN, task=task.value, dtype=dtype.value, batch=batch, length=length
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(as_record(cost)))
+    else:
+        _print(cost)
+
+
+def as_record(cost: Cost) -> dict[str, Any]:
+    """Return a cost as JSON can hold it; the plan as its resolved lines."""
+    shallow = {field.name: getattr(cost, field.name) for field in dataclasses.fields(cost)}
+    rows = {name: [dataclasses.asdict(row) for row in shallow[name]] for name in ("parties", "crossings")}
+    return shallow | rows | {"plan": cost.plan.lines(), "layers": cost.plan.layers}
+
+
+def _print(cost: Cost) -> None:
+    say(f"{cost.model}: {cost.architecture}, {cost.plan.layers} layers, {count_of(cost.parameters)} parameters")
+    say(f"plan: {cost.plan}")
+    table = Table(
+        "party",
+        Column("holds", overflow="fold"),
+        *(Column(name, justify="right") for name in ("parameters", "in files", "in memory", "KV a token", "LoRA r=8")),
+        box=None,
+    )
+    for party in cost.parties:
+        adapters = "-" if party.adapter_parameters is None else f"{party.adapter_parameters:,}"
+        table.add_row(
+            party.party, ", ".join(party.holds), f"{party.parameters:,}", bytes_of(party.file_bytes),
+            bytes_of(party.memory_bytes), bytes_of(party.cache_bytes_per_token), adapters,
+        )  # fmt: skip
+    Console(highlight=False).print(table)
+    say(f"memory, KV and what crosses: {cost.dtype}; a training step: {cost.batch} x {cost.length} tokens")
+    for line in cost.crossings:
+        say(
+            f"{line.sender} <-> {line.receiver}: {bytes_of(line.token_bytes)} and {cost.token_round_trips} round trip "
+            f"a generated token, {bytes_of(line.step_bytes)} and {cost.step_round_trips} round trips a training step"
+        )
+    if any(party.adapter_parameters is None for party in cost.parties):
+        say("LoRA: no default targets for this architecture; name them as adapter.targets")

@@ -1,0 +1,97 @@
+"""`noren serve`: hold one party's layers of a run, and answer its clients until told to stop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from noren.cli.show import AsJson, RunFile, count_of, say
+
+if TYPE_CHECKING:
+    from noren.config import Document
+    from noren.parties.server import Following
+    from noren.partition.plan import Plan
+    from noren.types import Handler, Message
+
+
+def serve(
+    run: RunFile,
+    party: Annotated[str, typer.Option(help="Which party of the plan to be.")],
+    listen: Annotated[str, typer.Option(help="host:port (port 0: any); default: the party's address in [links].")] = "",
+    device: Annotated[str, typer.Option(help='Where to compute; default: "device" of the run document.')] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Serve one party's layers. Prints one line when it is ready; Ctrl-C or SIGTERM ends it."""
+    from noren.config import Document
+    from noren.errors import ConfigError, PlanError
+    from noren.parties import fitness
+    from noren.parties.client import credentials_for, pick_device
+    from noren.parties.server import SpanServer
+    from noren.partition.stage import Stage, open_slice
+    from noren.wire.grpc_server import GrpcServer
+
+    document = Document.read(run)
+    settings = document.run
+    address = listen or settings.links.get(party, "")
+    credentials = credentials_for(document, party)
+    credentials.check("server")
+    part = open_slice(document.model, settings.plan, party, settings.task)
+    if party == part.plan.client:
+        others = ", ".join(span.party for span in part.plan.remote)
+        raise PlanError(f"plan: {party!r} is the client, which is not served; --party can be {others}")
+    if not address:
+        raise ConfigError(f'links: no address for {party!r}; add `{party} = "host:port"` under [links], or --listen')
+    fitness.require(part.config, settings.task, part.location)
+    place = pick_device(device or settings.device)
+
+    import torch
+
+    stage = Stage(part, getattr(torch, settings.dtype)).to(place)
+    server = SpanServer(
+        stage, lora=settings.adapter, limits=settings.serve, following=following(document, part.plan, party)
+    )
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with GrpcServer(address, credentials, server.connect, tick=server.expire) as listening:
+        at = f"{address.rpartition(':')[0]}:{listening.port}"
+        layers = ", ".join(f"{span.start}:{span.end}" for span in part.plan.remote if span.party == party)
+        count = sum(tensor.numel() for tensor in part.tensors.values())
+        if as_json:
+            ready = {"ready": True, "party": party, "address": at, "port": listening.port, "device": str(place)}
+            print(json.dumps(ready | {"layers": part.plan.kept(party), "parameters": count}), flush=True)
+        else:
+            print(f"ready: {party} on {at} (layers {layers}, {count_of(count)} parameters)", flush=True)
+        stop.wait()
+    if not as_json:
+        say("stopped")
+
+
+def following(document: Document, plan: Plan, party: str) -> Following | None:
+    """Return what opens a line to the party after `party` for each client's run; None for the last one.
+
+    Raises ConfigError if that party's address is not known, or the certificate cannot be used for connecting to it.
+    """
+    from noren.errors import ConfigError
+    from noren.parties.client import credentials_for
+    from noren.wire.grpc_link import GrpcLink
+
+    names = [span.party for span in plan.remote]
+    if party == names[-1]:
+        return None
+    following = names[names.index(party) + 1]
+    address = document.run.links.get(following)
+    if address is None:
+        raise ConfigError(f"links: no address for {following!r}, which comes after {party!r}; add it under [links]")
+    credentials = credentials_for(document, party)
+    credentials.check("client")
+
+    def line(greet: Callable[[], Message], greeted: Callable[[Message], Iterable[Message]]) -> Handler:
+        return GrpcLink(address, credentials, greet=greet, greeted=greeted)
+
+    return line

@@ -1,0 +1,245 @@
+"""A training run from its document: data, client, loop, and the files that are kept.
+
+`train` is the whole of it; the command line and the demonstration only report. In `document.out` are kept:
+
+    run.toml          the document with every value filled in
+    metrics.jsonl     one line a step, then one line an evaluation
+    checkpoint/       what `resume` continues from
+    adapter/          the adapters of all parties, a PEFT folder for the whole model
+    labels.json       sequence-classification: the label names, in the order of their numbers
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from noren.config import Document
+from noren.errors import ConfigError, ModelError
+from noren.parties.client import Client
+from noren.partition.checkpoint import open_checkpoint
+from noren.partition.slices import SIDE_FILES
+from noren.training.batches import Row, collate, encode, padding_id
+from noren.training.data import read_examples, split_holdout
+from noren.training.loop import Outcome, Progress, Trainer
+from noren.types import Close, Handler, Message, Welcome
+from noren.wire.traffic import Traffic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Private data as rows of tokens. `labels` are those of sequence-classification, else empty."""
+
+    rows: list[Row]
+    held_out: list[Row]
+    labels: list[str]
+    pad_id: int
+    dropped: int
+    truncated: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """One optimiser step: its loss, and what it took."""
+
+    step: int
+    loss: float
+    norm: float  # of the gradient over all stages, before clipping
+    tokens_per_second: float
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A training run that is over, or that was interrupted (`outcome.interrupted`)."""
+
+    outcome: Outcome
+    steps: int
+    out: Path
+    adapter: Path | None  # None if interrupted
+    accuracy: dict[int, float]  # step -> share of held-out rows classified right; sequence-classification only
+    prepared: Prepared
+    traffic: Traffic
+
+
+Report = Callable[[Metrics, Progress], None]
+
+
+def train(
+    document: Document,
+    *,
+    resume: bool = False,
+    report: Report | None = None,
+    handler: Handler | None = None,
+    tokenizer: Any = None,
+) -> Trained:
+    """Train as a run document says, and keep the run in `document.out`.
+
+    Args:
+        document: the run; needs [data] and [adapter].
+        resume: continue from the run's checkpoint.
+        report: called after every step.
+        handler: answers in place of the network (see `Client`).
+        tokenizer: of the model, if the caller has it already.
+
+    Ctrl-C finishes the step at hand, writes a checkpoint and returns with `outcome.interrupted` set. Raises
+    ConfigError (also for a run that is there already), DataError, ModelError, LinkError, or PeerError.
+    """
+    out, checkpoint = document.out, document.out / "checkpoint"
+    _check(document, checkpoint, resume)
+    prepared = prepare(document, tokenizer or load_tokenizer(document.model))
+    client = Client(document, handler, labels=prepared.labels or None, pad_id=prepared.pad_id)
+    try:
+        _start_afresh(client)
+        out.mkdir(parents=True, exist_ok=True)
+        metrics = out / "metrics.jsonl"
+        trainer = _Measured(
+            client.model, prepared.rows, prepared.held_out, document.run.training, pad_id=prepared.pad_id,
+            seed=document.run.seed, remote=client.remote(), checkpoint=checkpoint,
+            report=lambda progress: note(progress),
+        )  # fmt: skip
+        trainer.traffic = client.traffic
+
+        def note(progress: Progress) -> None:
+            line = trainer.measured(progress)
+            _append(metrics, asdict(line))
+            if report is not None:
+                report(line, progress)
+
+        _keep_steps(metrics, trainer.resume() if resume else 0)
+        (out / "run.toml").write_text(document.to_toml(), encoding="utf-8")
+        if prepared.labels:
+            (out / "labels.json").write_text(json.dumps(prepared.labels, ensure_ascii=False) + "\n", encoding="utf-8")
+        accuracy = {} if trainer.outcome.step else _accuracy(trainer, prepared)
+        outcome = trainer.run()
+        adapter = None
+        if not outcome.interrupted:
+            accuracy |= _accuracy(trainer, prepared)
+            adapter = client.save_adapter(out / "adapter")
+            _append(metrics, *_evaluations(outcome, accuracy))
+        return Trained(
+            outcome=outcome, steps=trainer.steps, out=out, adapter=adapter, accuracy=accuracy, prepared=prepared,
+            traffic=client.traffic.copy(),
+        )  # fmt: skip
+    finally:
+        client.close()
+
+
+def prepare(document: Document, tokenizer: Any) -> Prepared:
+    """Read the private data of a run as rows of tokens. Raises ConfigError or DataError."""
+    run = document.run
+    if run.data is None:
+        raise ConfigError('the run document has no [data]; say where it is, e.g. path = "notes.jsonl"')
+    examples, labels = read_examples(run.data, run.task, document.base)
+    if run.task == "sequence-classification" and len(labels) < 2:
+        raise ConfigError(f"data: the column {run.data.label!r} holds one label, {labels[0]!r}; two or more are needed")
+    learned, kept = split_holdout(examples, run.data.holdout, run.seed)
+    rows = encode(learned, tokenizer, run.task, run.data.max_length)
+    held_out = encode(kept, tokenizer, run.task, run.data.max_length)
+    return Prepared(
+        rows=rows.rows, held_out=held_out.rows, labels=labels, pad_id=padding_id(tokenizer),
+        dropped=rows.dropped + held_out.dropped, truncated=rows.truncated + held_out.truncated,
+    )  # fmt: skip
+
+
+def load_tokenizer(model: str) -> Any:
+    """Return the tokenizer of a model: a folder, a hub id, or a URL. Raises ModelError if it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        if not model.startswith(("http://", "https://")):
+            return AutoTokenizer.from_pretrained(model)
+        checkpoint = open_checkpoint(model)
+        with tempfile.TemporaryDirectory(prefix="noren-tokenizer-") as folder:
+            for name in ("config.json", *(name for name in SIDE_FILES if not name.endswith(".model"))):
+                if (text := checkpoint.text(name)) is not None:
+                    (Path(folder) / name).write_text(text, encoding="utf-8")
+            return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{model}: its tokenizer cannot be read ({first}); is tokenizer.json there?") from error
+
+
+def _check(document: Document, checkpoint: Path, resume: bool) -> None:
+    """Raise ConfigError for what can be seen before anything is read or connected."""
+    if document.run.adapter is None:
+        raise ConfigError("the run document has no [adapter], so there is nothing to train; add one, e.g. r = 8")
+    there = (checkpoint / "state.json").is_file()
+    if there and not resume:
+        raise ConfigError(
+            f"{document.out} holds a run already; continue it with --resume, or give the document another name"
+        )
+    if resume and not there:
+        raise ConfigError(f"{checkpoint}: no checkpoint to resume from; start without --resume")
+
+
+def _start_afresh(client: Client) -> None:
+    """End what a run of this name that broke off has left at the remote parties: its adapters are not ours."""
+    if client.welcome.step:
+        client.ask(Message(Close()))
+        welcome = client.ask(client.hello()).meta
+        assert isinstance(welcome, Welcome)
+        client.welcome = welcome
+        client.span.steps.restart(welcome.step)
+
+
+class _Measured(Trainer):
+    """The training loop, noting what crosses in each step, evaluations and checkpoints left out."""
+
+    traffic: Traffic
+
+    def step(self, batch: list[list[Row]]) -> tuple[float, float, int]:
+        before = self.traffic.copy()
+        result = super().step(batch)
+        self._crossed = self.traffic.since(before)
+        return result
+
+    def measured(self, progress: Progress) -> Metrics:
+        """Return the metrics of the step that was done last."""
+        return Metrics(
+            step=progress.step, loss=progress.loss, norm=progress.norm,
+            tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
+            bytes_up=self._crossed.sent_bytes, bytes_down=self._crossed.received_bytes,
+        )  # fmt: skip
+
+
+def _append(path: Path, *records: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def _keep_steps(metrics: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, which will be made again."""
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() and step else []
+    kept = [line for line in lines if "loss" in (record := json.loads(line)) and record["step"] <= step]
+    metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _evaluations(outcome: Outcome, accuracy: dict[int, float]) -> list[dict[str, Any]]:
+    return [
+        {"step": step, "held_out_loss": loss} | ({"accuracy": accuracy[step]} if step in accuracy else {})
+        for step, loss in sorted(outcome.evaluations.items())
+    ]
+
+
+@torch.no_grad()
+def _accuracy(trainer: Trainer, prepared: Prepared) -> dict[int, float]:
+    """Return {step: share of the held-out rows that are classified right}; {} for other tasks."""
+    if not prepared.labels or not prepared.held_out:
+        return {}
+    trainer.model.eval()
+    device = next(iter(trainer.parameters.values())).device
+    right, size = 0, trainer.settings.batch_size
+    for start in range(0, len(prepared.held_out), size):
+        inputs = collate(prepared.held_out[start : start + size], prepared.pad_id)
+        targets = inputs.pop("labels")
+        scores = trainer.model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
+        right += int((scores.argmax(-1).cpu() == targets).sum())
+    return {trainer.outcome.step: right / len(prepared.held_out)}
