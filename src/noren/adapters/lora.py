@@ -163,7 +163,9 @@ def remove(model: nn.Module, adapter: str) -> None:
             del layer.modules_to_save[adapter]
             layer._adapters.discard(adapter)
         else:
-            layer.delete_adapter(adapter)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Adapter .* was active")  # every use names its adapter
+                layer.delete_adapter(adapter)
     getattr(model, "peft_config", {}).pop(adapter, None)
 
 

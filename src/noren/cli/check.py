@@ -42,7 +42,7 @@ def config_of(model: str) -> PretrainedConfig:
     """Return the config of a model, or transformers' default one of an architecture. Raises ModelError, UnfitModel."""
     from transformers import CONFIG_MAPPING
 
-    from noren.partition.checkpoint import open_checkpoint
+    from noren.partition.sources import open_checkpoint
     from noren.partition.slices import load_config
 
     if model not in CONFIG_MAPPING or Path(model).exists():

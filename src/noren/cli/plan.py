@@ -27,7 +27,7 @@ def plan(
 ) -> None:
     """Show what each party would hold and what would cross, from the config and the shards' headers alone."""
     from noren.config import DEFAULT_PLAN
-    from noren.partition.checkpoint import open_checkpoint
+    from noren.partition.sources import open_checkpoint
     from noren.partition.estimate import estimate
 
     checkpoint = open_checkpoint(place_of(model))

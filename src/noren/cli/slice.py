@@ -25,7 +25,7 @@ def slice(
 ) -> None:
     """Write each party's layers as an ordinary small model folder, which is all that the party needs."""
     from noren.errors import ModelError
-    from noren.partition.checkpoint import open_checkpoint
+    from noren.partition.sources import open_checkpoint
     from noren.partition.estimate import holds
     from noren.partition.plan import Plan
     from noren.partition.slices import load_config, weights_digest, write_slice

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ TOLERANCE = 1e-5
 """Largest difference allowed, relative to the largest value compared (fp32)."""
 
 LAYERS = 12
+FOLDER = "noren-check-"
 PLAN = "client :4, near 4:8, server 8:-2, client -2:"
 HYBRID_PLAN = "client :4, server 4:8, client 8:"
 
@@ -76,10 +78,15 @@ def check(config: PretrainedConfig, task: str) -> Verdict:
         architecture=name,
         task=task,
         fit=not reason,
-        reason=reason.splitlines()[0][:500] if reason else "",
+        reason=_plain(reason),
         differences=differences,
         trainable=not shares_blocks(config),
     )
+
+
+def _plain(reason: str) -> str:
+    """Return a reason on one line, without the name of the folder in which the small model lay."""
+    return " ".join(re.sub(rf"\S*{FOLDER}\w+(/config\.json)?:? ?", "", reason).split())[:500]
 
 
 def require(config: PretrainedConfig, task: str, where: str) -> Verdict:
@@ -117,7 +124,7 @@ def _key(config: PretrainedConfig, task: str) -> str:
 
 
 def _compare(config: PretrainedConfig, task: str) -> dict[str, float]:
-    with tempfile.TemporaryDirectory(prefix="noren-check-") as folder:
+    with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
         tiny_model(config, task, LAYERS).save_pretrained(folder)
         whole = type(tiny_model(config, task, LAYERS)).from_pretrained(folder).eval()
         hybrid = "linear_attention" in (getattr(whole.config, "layer_types", None) or [])

@@ -23,7 +23,7 @@ import torch
 from noren.config import Document
 from noren.errors import ConfigError, ModelError
 from noren.parties.client import Client
-from noren.partition.checkpoint import open_checkpoint
+from noren.partition.sources import open_checkpoint
 from noren.partition.slices import SIDE_FILES
 from noren.training.batches import Row, collate, encode, padding_id
 from noren.training.data import read_examples, split_holdout
@@ -173,21 +173,18 @@ def _check(document: Document, checkpoint: Path, resume: bool) -> None:
         raise ConfigError("the run document has no [adapter], so there is nothing to train; add one, e.g. r = 8")
     there = (checkpoint / "state.json").is_file()
     if there and not resume:
-        raise ConfigError(
-            f"{document.out} holds a run already; continue it with --resume, or give the document another name"
-        )
+        raise ConfigError(f"{document.out} holds a run already; continue it with --resume, or choose another name")
     if resume and not there:
         raise ConfigError(f"{checkpoint}: no checkpoint to resume from; start without --resume")
 
 
 def _start_afresh(client: Client) -> None:
-    """End what a run of this name that broke off has left at the remote parties: its adapters are not ours."""
-    if client.welcome.step:
-        client.ask(Message(Close()))
-        welcome = client.ask(client.hello()).meta
-        assert isinstance(welcome, Welcome)
-        client.welcome = welcome
-        client.span.steps.restart(welcome.step)
+    """End what a run of this name that broke off may have left at the remote parties: its adapters are not ours."""
+    client.ask(Message(Close()))
+    welcome = client.ask(client.hello()).meta
+    assert isinstance(welcome, Welcome)
+    client.welcome = welcome
+    client.span.steps.restart(welcome.step)
 
 
 class _Measured(Trainer):

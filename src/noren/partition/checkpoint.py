@@ -197,20 +197,3 @@ def parse_header(prefix: bytes, read: Any, size: int, where: str) -> dict[str, A
             f"{where} is cut short: {size} bytes of {8 + length + end}, by its own header; download it again"
         )
     return dict(header)
-
-
-def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
-    """Open a model folder, an http(s) URL of one, or a hub id. Raises ModelError if there is no such thing."""
-    text = str(model)
-    if text.startswith(("http://", "https://")):
-        from noren.partition.remote_files import HttpCheckpoint
-
-        return HttpCheckpoint(text)
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return FolderCheckpoint(path)
-    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise ModelError(f"{text}: no such model folder (a hub id looks like 'owner/name')")
-    from noren.partition.remote_files import open_hub
-
-    return open_hub(text, revision)

@@ -41,6 +41,7 @@ _COUNTS = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+_GROUPS = ("num_key_value_heads", "num_kv_heads")  # what families call the number of key-value heads
 _LENGTHS = {"sliding_window": 8, "attention_chunk_size": 8}
 HEAD_DIM = 16
 
@@ -54,12 +55,13 @@ def shrink(config: PretrainedConfig, layers: int, task: str = "causal-lm") -> Pr
             setattr(small, key, _spread(value, layers))
     small.num_hidden_layers = layers
     heads = int(getattr(config, "num_attention_heads", 4) or 4)
-    groups = getattr(config, "num_key_value_heads", None)
-    ratio = max(heads // groups, 1) if isinstance(groups, int) and groups else 1
+    shared = next((key for key in _GROUPS if isinstance(getattr(config, key, None), int)), "")
+    groups = int(getattr(config, shared, 0)) if shared else 0
+    ratio = max(heads // groups, 1) if groups else 1
     few = 4 if ratio in (1, 2, 4) else ratio
     _put(small, "num_attention_heads", few)
-    if isinstance(groups, int):
-        _put(small, "num_key_value_heads", few if ratio == 1 else max(few // ratio, 1))
+    if shared:
+        _put(small, shared, few if ratio == 1 else max(few // ratio, 1))
     rotary = getattr(config, "rotary_dim", None)
     if isinstance(rotary, int):
         small.rotary_dim = HEAD_DIM // 2
@@ -86,6 +88,8 @@ def shrink(config: PretrainedConfig, layers: int, task: str = "causal-lm") -> Pr
         if isinstance(getattr(small, key, None), int):
             _put(small, key, value)
     small.vocab_size = VOCABULARY
+    if isinstance(getattr(small, "vocab_size_per_layer_input", None), int):
+        small.vocab_size_per_layer_input = VOCABULARY
     small.dtype = torch.float32  # some classes build their base model in the config's own
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = getattr(small, key, None)

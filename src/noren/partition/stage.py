@@ -28,7 +28,8 @@ from noren.partition.blocks import (
     neutralise,
     tail_module,
 )
-from noren.partition.checkpoint import FolderCheckpoint, open_checkpoint
+from noren.partition.checkpoint import FolderCheckpoint
+from noren.partition.sources import open_checkpoint
 from noren.partition.plan import Plan
 from noren.partition.slices import load_config, read_manifest, read_slice
 

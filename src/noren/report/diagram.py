@@ -25,7 +25,7 @@ _SPAN = re.compile(r"^\s*(\S+)\s+(\d+):(\d+)\s*$")
 @dataclass(frozen=True, kw_only=True)
 class _Block:
     party: str
-    name: str
+    names: tuple[tuple[str, str], ...]  # each with its colour
     rows: tuple[tuple[str, bool], ...]  # text, and whether it is of the model (or the owner's data)
     left: bool
     colour: str
@@ -53,7 +53,7 @@ def cut(plan: Sequence[str], clients: Sequence[str], colours: Mapping[str, str])
     parts = [_curtain(blocks, height)]
     for above, below in pairwise(blocks):
         raw = below.party == blocks[0].party and not below.rows[0][1]
-        parts.append(_crossing(above, below, "head's output" if raw else "hidden states"))
+        parts.append(_crossing(above, below, "output of the head" if raw else "hidden states"))
     parts.extend(_block(block) for block in blocks)
     label = f"The cut: {words.listed(plan)}. Hidden states cross downwards, gradients come back upwards"
     head = f'<svg class="cut" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">'
@@ -86,7 +86,7 @@ def _blocks(plan: Sequence[str], clients: Sequence[str], colours: Mapping[str, s
         blocks.append(
             _Block(
                 party=party,
-                name=" · ".join(names) if len(" · ".join(names)) <= 22 else f"each of {len(names)} clients",
+                names=tuple(zip(names, shades, strict=True)),
                 rows=tuple(rows),
                 left=left,
                 colour=shades[0],
@@ -103,10 +103,11 @@ def _block(block: _Block) -> str:
     sheet = '<rect x="{}" y="{}" width="{}" height="{}" rx="8" class="sheet" style="--c:var(--{})"/>'
     parts = [sheet.format(x - 6, block.top + 6, width, height, block.behind)] if block.behind else []
     parts.append(sheet.format(x, block.top, width, height, block.colour))
-    parts.append(
-        f'<text x="{block.x}" y="{block.top + 18}" class="name" style="--c:var(--{block.colour})">'
-        f"{escape(block.name)}</text>"
-    )
+    if sum(len(name) + 3 for name, _ in block.names) <= 25:
+        name = " · ".join(f'<tspan style="--c:var(--{c})">{escape(name)}</tspan>' for name, c in block.names)
+    else:
+        name = f"each of {len(block.names)} clients" if len(block.names) > 1 else f"{escape(block.names[0][0][:20])}…"
+    parts.append(f'<text x="{block.x}" y="{block.top + 18}" class="name">{name}</text>')
     for number, (text, of_model) in enumerate(block.rows):
         y = block.top + HEAD + number * PITCH
         parts.append(
@@ -122,11 +123,12 @@ def _crossing(above: _Block, below: _Block, forward: str) -> str:
     start, end = above.bottom, below.top
     if above.left == below.left:  # two remote parties: straight down and up
         middle = (start + end) // 2
+        down, up = above.x - 66, above.x + 27
         return (
-            f'<path class="forward" d="M{above.x - 10} {start}V{end - 3}"/>{_head(above.x - 10, end, 1)}'
-            f'<path class="backward" d="M{above.x + 10} {end}V{start + 9}"/>{_head(above.x + 10, start + 6, -1)}'
-            f'<text x="{above.x - 18}" y="{middle + 4}" class="down end">{forward}</text>'
-            f'<text x="{above.x + 18}" y="{middle + 4}" class="up start">gradient</text>'
+            f'<path class="forward" d="M{down} {start}V{end - 3}"/>{_head(down, end, 1)}'
+            f'<path class="backward" d="M{up} {end}V{start + 9}"/>{_head(up, start + 6, -1)}'
+            f'<text x="{down + 8}" y="{middle + 4}" class="down start">{forward}</text>'
+            f'<text x="{up + 8}" y="{middle + 4}" class="up start">gradient</text>'
         )
     side = 1 if above.left else -1
     go, back = start + 24, end - 24
@@ -146,18 +148,16 @@ def _head(x: int, y: int, way: int) -> str:
 
 def _curtain(blocks: Sequence[_Block], height: int) -> str:
     """Draw rod and cloth, parted between blocks that stand on different sides."""
-    parts = [f'<rect class="rod" x="{CURTAIN - 40}" y="20" width="80" height="4" rx="2"/>']
-    edges = [24]
+    parts = [f'<rect class="rod" x="{CURTAIN - 36}" y="22" width="72" height="4" rx="2"/>']
+    edges = [26]
     for above, below in pairwise(blocks):
         if above.left != below.left:
             edges += [above.bottom + 4, below.top - 2]
     edges.append(height - 4)
-    for top, bottom in zip(edges[::2], edges[1::2], strict=True):
-        for left, right in ((CURTAIN - 13, CURTAIN - 1), (CURTAIN + 1, CURTAIN + 13)):
-            parts.append(
-                f'<path class="cloth" d="M{left} {top}H{right}V{bottom - 3}'
-                f'Q{(left + right) // 2} {bottom + 3} {left} {bottom - 3}Z"/>'
-            )
-    parts.append(f'<text x="{LEFT}" y="16" class="lane">with the owner of the data</text>')
-    parts.append(f'<text x="{RIGHT}" y="16" class="lane">elsewhere</text>')
+    for number, (top, bottom) in enumerate(pairwise(edges)):
+        for left in (CURTAIN - 27, CURTAIN - 8, CURTAIN + 11):
+            end = f"V{bottom - 4}q8 7 16 0V{top}" if bottom == edges[-1] else f"V{bottom}h16V{top}"
+            parts.append(f'<path class="cloth{" open" if number % 2 else ""}" d="M{left} {top}{end}Z"/>')
+    parts.append(f'<text x="{LEFT}" y="14" class="lane">the owner of the data</text>')
+    parts.append(f'<text x="{RIGHT}" y="14" class="lane">elsewhere</text>')
     return "".join(parts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +80,12 @@ def render(result: DemoResult) -> str:
         rows=[_rows(client) for client in result.clients],
         traffic=Markup(_traffic(result, colours)),
         memory=Markup(_memory(result, colours)),
+        costs={
+            "bytes": _distinct(words.size(client.bytes_per_step) for client in result.clients),
+            "step": _distinct(words.count(client.round_trips_per_step) for client in result.clients),
+            "token": _distinct(words.count(client.round_trips_per_token) for client in result.clients),
+        },
+        u_shaped=len({span.partition(" ")[0] for span in (*result.plan[:1], *result.plan[-1:])}) == 1,
         weights_bytes=result.model_parameters * ELEMENT_BYTES.get(result.dtype, 4),
         loader=_loader(result.model),
     )
@@ -134,6 +140,10 @@ def _differences(client: ClientResult) -> list[tuple[float, str]]:
         (abs(split.held_out_after - whole.held_out_after), f"the held-out loss of {client.name} after training"),
         (client.largest_adapter_difference, f"the trained values of {client.name}"),
     ]
+
+
+def _distinct(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
 
 
 def _rows(client: ClientResult) -> list[Row]:

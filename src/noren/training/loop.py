@@ -238,6 +238,7 @@ class Trainer:
             "step": done.step,
             "steps": self.steps,
             "losses": done.losses,
+            "schedule": self.schedule.state_dict(),
             "evaluations": {str(k): v for k, v in done.evaluations.items()},
         }
         with replacing(self._checkpoint) as draft:
@@ -265,9 +266,9 @@ class Trainer:
             }
             if moments:
                 self.optimizer.state[parameter] = moments
-        for _ in range(words["step"]):
-            self.optimizer._step_count = 1  # type: ignore[attr-defined]
-            self.schedule.step()
+        self.schedule.load_state_dict(words["schedule"])
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
         remote = {k.removeprefix("remote/"): t for k, t in tensors.items() if k.startswith("remote/")}
         self._remote.push(remote, words["step"])
         torch.set_rng_state(tensors["random"])

@@ -110,7 +110,7 @@ class Incoming:
             raise OverBudget(f"a message of {size} bytes; the limit is {self.max_body}")
         try:
             header = _DECODER.decode(view[PREFIX.size : PREFIX.size + length])
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise ProtocolError(f"header: {error}") from error
         announced = 0
         if len(header.tensors) > MAX_TENSORS or len({name for name, _, _ in header.tensors}) < len(header.tensors):

@@ -165,7 +165,10 @@ class GrpcLink:
         self._request += 1
         sent = 0
         for frame in encode(message, self._request):
-            await self._stream.write(bytes(frame))
+            try:
+                await self._stream.write(bytes(frame))
+            except asyncio.InvalidStateError:
+                raise _Broken("the peer has ended the connection") from None
             sent += len(frame)
         incoming = Incoming()
         while True:

@@ -1,0 +1,407 @@
+"""Frames, links and the server's rules: what is malformed, repeated, lost, too much or somebody else's."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import msgspec
+import pytest
+import torch
+from conftest import U_SHAPED, Parties, credentials
+from hypothesis import given, settings, strategies as st
+
+from noren.errors import LinkError, NorenError, OverBudget, PeerError, ProtocolError, SessionLost
+from noren.parties.server import Limits, SpanServer
+from noren.partition.stage import Stage
+from noren.types import Close, Done, Forward, Hello, Hidden, Message, Step, Update
+from noren.wire.envelope import CHUNK, DTYPES, PREFIX, Incoming, decode, encode
+from noren.wire.grpc_link import METHOD, GrpcLink
+from noren.wire.grpc_server import GrpcServer
+
+
+def forward(tokens: int = 3, width: int = 48, **more: Any) -> Message:
+    fields = {"session": "s", "start": 0, "lengths": [tokens], "padding": "left"} | more
+    return Message(Forward(**fields), {"hidden": torch.randn(tokens, width)})
+
+
+def as_bytes(message: Message) -> list[bytes]:
+    return [bytes(frame) for frame in encode(message, 7)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize("tokens", [0, 1, 3, 40_000])
+def test_a_message_survives_the_envelope(dtype: torch.dtype, tokens: int) -> None:
+    sent = Message(Forward(session="s", start=2, lengths=[tokens], padding="right"), {
+        "hidden": torch.randn(tokens, 48).to(dtype), "more": torch.arange(5),
+    })  # fmt: skip
+    frames = as_bytes(sent)
+    assert all(len(frame) <= CHUNK for frame in frames)
+    got = decode(frames)
+    assert got.meta == sent.meta
+    assert got.tensors.keys() == sent.tensors.keys()
+    assert all(torch.equal(got.tensors[k], sent.tensors[k]) and got.tensors[k].dtype == t.dtype
+               for k, t in sent.tensors.items())  # fmt: skip
+
+
+def test_no_other_type_crosses() -> None:
+    with pytest.raises(ProtocolError, match="only f32, f16, bf16, i64 may cross"):
+        encode(Message(Done(), {"x": torch.zeros(3, dtype=torch.complex64)}), 1)
+
+
+def _prefix(header: bytes, body: bytes, **change: Any) -> bytes:
+    fields = {"magic": b"NRN1", "length": len(header), "request": 1, "size": len(body)} | change
+    return PREFIX.pack(*fields.values()) + header + body
+
+
+GOOD = b'{"meta":{"kind":"done","step":0},"tensors":[["x","f32",[2]]]}'
+MALFORMED: dict[str, bytes] = {
+    "empty": b"",
+    "short prefix": b"NRN1\0\0",
+    "other magic": _prefix(GOOD, b"\0" * 8, magic=b"HTTP"),
+    "header longer than the frame": _prefix(GOOD, b"", length=1000),
+    "huge header": _prefix(GOOD, b"", length=1 << 31),
+    "no JSON": _prefix(b"\x80\x04\x95garbage", b""),
+    "unknown kind": _prefix(b'{"meta":{"kind":"shell"},"tensors":[]}', b""),
+    "unknown field": _prefix(b'{"meta":{"kind":"done","run":"x"},"tensors":[]}', b""),
+    "field of another type": _prefix(b'{"meta":{"kind":"done","step":"1"},"tensors":[]}', b""),
+    "missing field": _prefix(b'{"meta":{"kind":"backward"},"tensors":[]}', b""),
+    "negative size": _prefix(b'{"meta":{"kind":"done"},"tensors":[["x","f32",[-1]]]}', b""),
+    "object dtype": _prefix(b'{"meta":{"kind":"done"},"tensors":[["x","O",[1]]]}', b""),
+    "overflowing shape": _prefix(b'{"meta":{"kind":"done"},"tensors":[["x","f32",[4611686018427387904,4]]]}', b""),
+    "size above its shapes": _prefix(GOOD, b"\0" * 12),
+    "size below its shapes": _prefix(GOOD, b"\0" * 4),
+    "two tensors of one name": _prefix(b'{"meta":{"kind":"done"},"tensors":[["x","f32",[1]],["x","f32",[1]]]}', b"\0" * 8),
+    "more body than announced": _prefix(GOOD, b"\0" * 9, size=8),
+    "body announced as huge": _prefix(GOOD, b"", size=1 << 40),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_frames_are_refused(name: str) -> None:
+    with pytest.raises((ProtocolError, OverBudget)):
+        decode([MALFORMED[name]])
+
+
+def test_a_cut_message_is_refused() -> None:
+    whole = as_bytes(forward())
+    with pytest.raises(ProtocolError, match="cut short"):
+        decode([whole[0][:-1]])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=300), st.integers(0, 400), st.integers(0, 255))
+def test_mutated_frames_raise_nothing_else(noise: bytes, at: int, value: int) -> None:
+    frame = bytearray(b"".join(as_bytes(forward())))
+    frame[at % len(frame)] = value
+    for data in (bytes(frame), noise, bytes(frame[:at]) + noise):
+        try:
+            Incoming(max_body=1 << 20).feed(data)
+        except NorenError:
+            pass
+
+
+@pytest.fixture
+def server(llama_folder: Path) -> SpanServer:
+    stage = Stage.load(llama_folder, U_SHAPED, "server", "causal-lm")
+    return SpanServer(stage, limits=Limits(cache_bytes=40_000, graph_bytes=1 << 20, runs=2))
+
+
+def hello(server: SpanServer, run: str = "r") -> Message:
+    stage = server.stage
+    return Message(
+        Hello(protocol=1, run=run, fingerprint=stage.fingerprint, plan=stage.plan.lines(), task="causal-lm",
+              dtype="float32", lora="", seed=0)
+    )  # fmt: skip
+
+
+def test_nothing_before_hello(server: SpanServer) -> None:
+    with pytest.raises(ProtocolError, match="before 'hello'"):
+        server.connect("a")(forward())
+
+
+def test_a_session_belongs_to_its_owner(server: SpanServer) -> None:
+    mine, yours = server.connect("a"), server.connect("b")
+    mine(hello(server)), yours(hello(server))
+    mine(forward())
+    with pytest.raises(SessionLost):
+        yours(forward(1, start=3))
+    mine(forward(1, start=3))
+
+
+def test_a_gap_and_a_repeat(server: SpanServer) -> None:
+    handler = server.connect("a")
+    handler(hello(server))
+    handler(forward())
+    with pytest.raises(SessionLost, match="cannot be put back to 5"):
+        handler(forward(1, start=5))
+    step = forward(1, start=3)
+    first, again = handler(step), handler(step)
+    assert isinstance(first.meta, Hidden)
+    assert torch.equal(first.tensors["hidden"], again.tensors["hidden"])
+    assert server.sessions._sessions["a", "r", "s"].mask.shape[1] == 4
+
+
+def test_a_repeated_reorder_is_not_done_twice(server: SpanServer) -> None:
+    handler = server.connect("a")
+    handler(hello(server))
+    handler(forward(4, lengths=[2, 2]))
+    step = forward(2, start=2, lengths=[1, 1], rows=[1, 1])
+    handler(step)
+    with pytest.raises(SessionLost):
+        handler(step)
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [
+        ({"lengths": [2]}, "lengths sum to 2"),
+        ({"lengths": []}, "lengths sum to 0"),
+        ({"lengths": [5, -2]}, "lengths sum to 3"),
+        ({"width": 47}, r"must be \[tokens, 48\]"),
+        ({"start": 3, "rows": [9]}, "rows"),
+        ({"start": 3, "lengths": [1, 2]}, "has 1 sequences, the step has 2"),
+    ],
+)
+def test_a_wrong_step_is_refused(server: SpanServer, change: dict[str, Any], phrase: str) -> None:
+    handler = server.connect("a")
+    handler(hello(server))
+    handler(forward())
+    with pytest.raises(ProtocolError, match=phrase):
+        handler(forward(**change))
+
+
+def test_values_that_are_not_finite_are_refused(server: SpanServer) -> None:
+    handler = server.connect("a")
+    handler(hello(server))
+    message = forward()
+    message.tensors["hidden"][1, 5] = float("nan")
+    with pytest.raises(PeerError, match="not finite"):
+        handler(message)
+
+
+def test_an_owner_has_a_byte_budget(server: SpanServer) -> None:
+    """The oldest of the owner's own sessions goes; another owner's stays; one that alone is too much is refused."""
+    mine, yours = server.connect("a"), server.connect("b")
+    mine(hello(server)), yours(hello(server))
+    yours(forward(10, session="yours"))
+    for i in range(12):
+        mine(forward(20, session=f"s{i}"))
+        assert server.sessions.nbytes("a") <= server.limits.cache_bytes
+    assert ("a", "r", "s0") not in server.sessions._sessions
+    assert ("a", "r", "s11") in server.sessions._sessions
+    assert ("b", "r", "yours") in server.sessions._sessions
+    with pytest.raises(OverBudget, match="the limit for one owner is 40000"):
+        mine(forward(2000, session="big"))
+
+
+def test_kept_graphs_have_a_budget(server: SpanServer) -> None:
+    handler = server.connect("a")
+    handler(hello(server))
+    with pytest.raises(OverBudget, match="use a smaller batch"):
+        handler(forward(3000, lengths=[100] * 30, train=True))
+
+
+def test_runs_are_limited_and_closed(server: SpanServer) -> None:
+    handlers = [server.connect("a") for _ in range(3)]
+    handlers[0](hello(server, "one")), handlers[1](hello(server, "two"))
+    with pytest.raises(OverBudget, match="2 runs here already"):
+        handlers[2](hello(server, "three"))
+    handlers[0](Message(Close()))
+    handlers[2](hello(server, "three"))
+
+
+def test_sessions_and_runs_expire(llama_folder: Path) -> None:
+    now = [0.0]
+    limits = Limits(session_seconds=10, run_seconds=100)
+    server = SpanServer(Stage.load(llama_folder, U_SHAPED, "server", "causal-lm"), limits=limits, clock=lambda: now[0])
+    handler = server.connect("a")
+    handler(hello(server))
+    handler(forward())
+    now[0] = 11
+    server.expire()
+    assert not len(server.sessions)
+    with pytest.raises(SessionLost):
+        handler(forward(1, start=3))
+    handler.disconnect()
+    now[0] = 100
+    server.expire()
+    assert server._runs
+    now[0] = 112
+    server.expire()
+    assert not server._runs
+
+
+def test_steps_are_applied_once_and_in_order(server: SpanServer) -> None:
+    handler = server.connect("a")
+    handler(hello(server))
+    from noren.types import Optimizer
+
+    update = Update(step=1, scale=1.0, optimizer=Optimizer(name="sgd", lr=0.1))
+    assert handler(Message(Step(update=update))).meta == Done(step=1)
+    assert handler(Message(Step(update=update))).meta == Done(step=1)
+    with pytest.raises(SessionLost, match="step 5 cannot follow step 1"):
+        handler(Message(Step(update=msgspec.structs.replace(update, step=5))))
+
+
+class Echo:
+    """Answers everything with Done; can be told to fail."""
+
+    def __init__(self) -> None:
+        self.fail: Callable[[], None] = lambda: None
+        self.seen = 0
+
+    def __call__(self, message: Message) -> Message:
+        self.seen += 1
+        self.fail()
+        return Message(Done(step=self.seen), message.tensors)
+
+    def disconnect(self) -> None:
+        pass
+
+
+def line(keys: Path, port: int, **more: Any) -> GrpcLink:
+    return GrpcLink(f"127.0.0.1:{port}", credentials(keys, "client"), **more)
+
+
+def test_large_messages_and_counts(keys: Path) -> None:
+    echo = Echo()
+    with GrpcServer("127.0.0.1:0", credentials(keys, "server"), lambda owner: echo) as served:
+        link = line(keys, served.port)
+        big = torch.randn(3 << 20)
+        answer = link(Message(Done(), {"x": big}))
+        assert torch.equal(answer.tensors["x"], big)
+        assert link.traffic.round_trips == 1
+        assert big.nbytes < link.traffic.sent_bytes < big.nbytes + 300
+        link.close()
+
+
+def test_errors_cross_as_what_they_are_and_hide_what_is_internal(keys: Path) -> None:
+    echo = Echo()
+    with GrpcServer("127.0.0.1:0", credentials(keys, "server"), lambda owner: echo) as served:
+        link = line(keys, served.port)
+
+        def fail(error: Exception) -> Callable[[], None]:
+            def raise_it() -> None:
+                raise error
+
+            return raise_it
+
+        echo.fail = fail(SessionLost("gone"))
+        with pytest.raises(SessionLost, match=rf"127.0.0.1:{served.port}: gone"):
+            link(Message(Done()))
+        echo.fail = fail(ValueError("secret text of the server"))
+        with pytest.raises(PeerError, match=r"internal error \(ValueError\)") as caught:
+            link(Message(Done()))
+        assert "secret" not in str(caught.value)
+        echo.fail = lambda: None
+        assert link(Message(Done())).kind == "done", "the line still works"
+        link.close()
+
+
+def test_a_server_that_is_not_there(keys: Path) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        link = line(keys, held.getsockname()[1], first_seconds=1.0)
+        started = time.monotonic()
+        with pytest.raises(LinkError, match="is the server running there"):
+            link(Message(Done()))
+        assert time.monotonic() - started < 10
+
+
+def test_a_port_that_speaks_something_else(keys: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        def answer() -> None:
+            try:
+                while True:
+                    connection, _ = listening.accept()
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                    connection.close()
+            except OSError:
+                pass
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(LinkError):
+            line(keys, listening.getsockname()[1], first_seconds=1.0)(Message(Done()))
+
+
+def test_the_line_survives_a_restart_on_the_same_port(keys: Path) -> None:
+    echo = Echo()
+    first = GrpcServer("127.0.0.1:0", credentials(keys, "server"), lambda owner: echo).start()
+    link = line(keys, first.port, greet=lambda: Message(Close()))
+    link(Message(Done()))
+    first.stop(grace=0)
+    second = GrpcServer(f"127.0.0.1:{first.port}", credentials(keys, "server"), lambda owner: echo).start()
+    assert link(Message(Done())).kind == "done"
+    assert link.connections == 2
+    link.close()
+    second.stop(grace=0)
+
+
+def test_raw_garbage_on_the_stream(keys: Path) -> None:
+    """A peer with a valid certificate that sends noise gets a Failure, and the stream ends."""
+    echo = Echo()
+    with GrpcServer("127.0.0.1:0", credentials(keys, "server"), lambda owner: echo) as served:
+        channel = grpc.secure_channel(f"127.0.0.1:{served.port}", credentials(keys, "client").client())
+        replies = list(channel.stream_stream(METHOD)(iter([b"noise" * 100, b"more"])))
+        message = decode([replies[0]])
+        assert message.kind == "failure" and message.meta.code == "protocol"  # type: ignore[union-attr]
+        assert len(replies) == 1 and echo.seen == 0
+        channel.close()
+
+
+def test_the_owner_is_the_certificates_name(keys: Path) -> None:
+    owners = []
+
+    def connect(owner: str) -> Echo:
+        owners.append(owner)
+        return Echo()
+
+    with GrpcServer("127.0.0.1:0", credentials(keys, "server"), connect) as served:
+        for name in ("client", "other", "edge"):
+            link = GrpcLink(f"127.0.0.1:{served.port}", credentials(keys, name))
+            link(Message(Done()))
+            link.close()
+    assert owners == ["client", "other", "edge"]
+
+
+def test_generation_survives_a_new_server(keys: Path, llama_folder: Path, whole: Any) -> None:
+    """In one process: the server is stopped after some tokens, and a fresh one takes its port."""
+    from noren.config import Document
+    from noren.parties.client import Client
+
+    def start(address: str) -> GrpcServer:
+        stage = Stage.load(llama_folder, U_SHAPED, "server", "causal-lm")
+        return GrpcServer(address, credentials(keys, "server"), SpanServer(stage).connect).start()
+
+    running = [start("127.0.0.1:0")]
+    port = running[0].port
+    document = Document.of({"model": str(llama_folder), "plan": U_SHAPED, "keys": {"dir": str(keys)},
+                            "links": {"server": f"127.0.0.1:{port}"}}, Path.cwd())  # fmt: skip
+    client = Client(document)
+    count, ask = [0], client.span.handler
+
+    def counting(message: Message) -> Message:
+        count[0] += 1
+        if count[0] == 7:
+            running.pop().stop(grace=0)
+            running.append(start(f"127.0.0.1:{port}"))
+        return ask(message)
+
+    client.span.handler = counting
+    ids = torch.randint(3, 128, (1, 9), generator=torch.Generator().manual_seed(4))
+    out = client.model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert torch.equal(out, whole.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0))
+    assert client.span.replays == 1
+    client.close()
+    running.pop().stop(grace=0)
+
+
+def test_parties_fixture_reports_both_directions(parties: Parties, llama_folder: Path) -> None:
+    client = parties.client(llama_folder)
+    assert client.traffic.sent_bytes > 0 and client.traffic.received_bytes > 0
