@@ -42,8 +42,8 @@ def config_of(model: str) -> PretrainedConfig:
     """Return the config of a model, or transformers' default one of an architecture. Raises ModelError, UnfitModel."""
     from transformers import CONFIG_MAPPING
 
-    from noren.partition.sources import open_checkpoint
     from noren.partition.slices import load_config
+    from noren.partition.sources import open_checkpoint
 
     if model not in CONFIG_MAPPING or Path(model).exists():
         return load_config(open_checkpoint(place_of(model)))
@@ -55,13 +55,14 @@ def config_of(model: str) -> PretrainedConfig:
 
 
 def _print(verdict: Verdict, tolerance: float) -> None:
-    say(f"{verdict.architecture}, {verdict.task}: largest differences between split and whole")
+    if verdict.differences:
+        say(f"{verdict.architecture}, {verdict.task}: largest differences between split and whole")
     table = Table("comparison", Column("difference", justify="right"), box=None, show_header=False)
     for name, value in verdict.differences.items():
         table.add_row(name, "bitwise" if value == 0.0 else f"{value:.2g}")
     Console(highlight=False).print(table)
     if not verdict.fit:
-        say(f"unfit: {verdict.reason}")
+        say(f"unfit: {verdict.architecture} ({verdict.task}): {verdict.reason}")
         return
     say(f"fit: nothing differs by more than {tolerance:g}, relative to the largest value")
     if not verdict.trainable:

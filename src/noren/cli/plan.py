@@ -27,8 +27,8 @@ def plan(
 ) -> None:
     """Show what each party would hold and what would cross, from the config and the shards' headers alone."""
     from noren.config import DEFAULT_PLAN
-    from noren.partition.sources import open_checkpoint
     from noren.partition.estimate import estimate
+    from noren.partition.sources import open_checkpoint
 
     checkpoint = open_checkpoint(place_of(model))
     cost = estimate(

@@ -37,13 +37,14 @@ def serve(
 
     document = Document.read(run)
     settings = document.run
+    names = list(dict.fromkeys(line.split()[0] for line in settings.plan if line.strip()))
+    if party not in names[1:]:
+        what = "is the client, which is not served" if party in names else "has no layers in the plan"
+        raise PlanError(f"plan: {party!r} {what}; --party can be {', '.join(names[1:])}")
     address = listen or settings.links.get(party, "")
     credentials = credentials_for(document, party)
     credentials.check("server")
     part = open_slice(document.model, settings.plan, party, settings.task)
-    if party == part.plan.client:
-        others = ", ".join(span.party for span in part.plan.remote)
-        raise PlanError(f"plan: {party!r} is the client, which is not served; --party can be {others}")
     if not address:
         raise ConfigError(f'links: no address for {party!r}; add `{party} = "host:port"` under [links], or --listen')
     fitness.require(part.config, settings.task, part.location)

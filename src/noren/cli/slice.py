@@ -25,10 +25,10 @@ def slice(
 ) -> None:
     """Write each party's layers as an ordinary small model folder, which is all that the party needs."""
     from noren.errors import ModelError
-    from noren.partition.sources import open_checkpoint
     from noren.partition.estimate import holds
     from noren.partition.plan import Plan
     from noren.partition.slices import load_config, weights_digest, write_slice
+    from noren.partition.sources import open_checkpoint
 
     checkpoint = open_checkpoint(place_of(model))
     plan = Plan.parse(cut, int(load_config(checkpoint).num_hidden_layers))

@@ -75,7 +75,8 @@ def _print(done: Trained, again: str) -> None:
         + (f", {data.dropped} dropped" if data.dropped else "")
         + (f", {data.truncated} cut short at max_length" if data.truncated else "")
     )
-    for step, loss in sorted(done.outcome.evaluations.items()):
+    evaluations = sorted(done.outcome.evaluations.items())
+    for step, loss in evaluations[:1] + evaluations[1:][-1:]:  # all of them are in metrics.jsonl
         right = f", accuracy {done.accuracy[step]:.1%}" if step in done.accuracy else ""
         say(f"held-out loss after step {step}: {loss:.4f}{right}")
     say(f"crossed: {bytes_of(done.traffic.sent_bytes)} up, {bytes_of(done.traffic.received_bytes)} down")
@@ -94,8 +95,8 @@ class _Bar:
 
         self._live = sys.stderr.isatty()
         self._bar = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"),
-            TimeRemainingColumn(), console=Console(stderr=True), disable=not self._live,
+            MofNCompleteColumn(), BarColumn(bar_width=8), TextColumn("{task.description}"), TimeRemainingColumn(),
+            console=Console(stderr=True), disable=not self._live,
         )  # fmt: skip
         self._task: TaskID | None = None
         self._up = self._down = 0
@@ -111,7 +112,7 @@ class _Bar:
         """Show one more step."""
         self._up, self._down = self._up + metrics.bytes_up, self._down + metrics.bytes_down
         words = (
-            f"loss {metrics.loss:.4f}  {metrics.tokens_per_second:,.0f} tokens/s  "
+            f"loss {metrics.loss:.3f}  {metrics.tokens_per_second:,.0f} tok/s  "
             f"{bytes_of(self._up)} up  {bytes_of(self._down)} down"
         )
         if self._live:

@@ -123,7 +123,8 @@ class SpanServer:
             trainer = SpanTrainer(self.stage, lora, f"run{next(self._numbers)}", hello.seed, self.limits.graph_bytes)
             run = Run(trainer, hello, uuid.uuid4().hex)
             if self._following is not None:
-                run.following = self._following(lambda: Message(hello), lambda welcome: _same_state(run, welcome))
+                onward = Message(_onward(owner, hello))
+                run.following = self._following(lambda: onward, lambda welcome: _same_state(run, welcome))
             self._runs[key] = run
             return run
 
@@ -209,7 +210,7 @@ class Connection:
         run = self._server.open_run(self._owner, hello)
         trainable, incarnation = run.trainer.trainable, run.incarnation
         if run.following is not None:
-            further = run.following(Message(hello)).meta
+            further = run.following(Message(_onward(self._owner, hello))).meta
             if not isinstance(further, Welcome):
                 raise ProtocolError("the next party answered a hello with something else")
             trainable += further.trainable
@@ -315,6 +316,11 @@ class Connection:
         if not bool(torch.isfinite(tensor).all()):
             raise PeerError(f"{name!r} holds values that are not finite; lower the learning rate or use fp32")
         return tensor.to(next(stage.model.parameters()).device)
+
+
+def _onward(owner: str, hello: Hello) -> Hello:
+    """The hello for the next party, to which this one is the owner of all its clients' runs: it tells them apart."""
+    return msgspec.structs.replace(hello, run=f"{owner}/{hello.run}")
 
 
 def _same_state(run: Run, welcome: Message) -> tuple[Message, ...]:

@@ -23,8 +23,8 @@ import torch
 from noren.config import Document
 from noren.errors import ConfigError, ModelError
 from noren.parties.client import Client
-from noren.partition.sources import open_checkpoint
 from noren.partition.slices import SIDE_FILES
+from noren.partition.sources import open_checkpoint
 from noren.training.batches import Row, collate, encode, padding_id
 from noren.training.data import read_examples, split_holdout
 from noren.training.loop import Outcome, Progress, Trainer

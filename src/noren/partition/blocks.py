@@ -38,7 +38,7 @@ FAMILIES: dict[str, Family] = {
 
 GENERIC = Family()
 HEADS = {
-    "causal-lm": ("lm_head", "embed_out", "cls"),
+    "causal-lm": ("lm_head", "embed_out", "output_projection", "cls"),
     "sequence-classification": ("score", "classifier"),
     "question-answering": ("qa_outputs",),
 }
@@ -46,9 +46,11 @@ HEADS = {
 
 BLOCK_KEY = re.compile(r"^(.*?\b(?:layers|h|layer|blocks|block|albert_layer_groups)\.)(\d+)(\..*)$")
 _TAIL_KEY = re.compile(
-    r"(^|\.)(lm_head|embed_out|cls|score|classifier|pre_classifier|qa_outputs|pooler|norm|norm_f|ln_f|final_layer_?norm|project_out)(\.|$)"
+    r"(^|\.)(lm_head|embed_out|output_projection|cls|score|classifier|pre_classifier|dense|qa_outputs|pooler|project_out"
+    r"|norm|norm_f|ln|ln_f|final_layer_?norm|layer_norm|LayerNorm|embedding_norm)(\.|$)"
 )
 _EMBEDDING_KEY = re.compile(r"(^|\.)(embeddings|embed_tokens|wte|wpe|word_embeddings)(\.|$)")
+_TAIL_CHILD = re.compile(r"^(?!.*embed).*(norm|Norm|ln_f|pooler|project_out)|^ln$|^embedding_norm$")  # LFM2's last norm
 _POSITION_CHILD = {"wpe", "embed_positions", "position_embeddings", "token_type_embeddings"}
 
 
@@ -145,7 +147,7 @@ def neutralise(model: nn.Module, *, embedding: bool, head: bool, row: Family, fi
                 if not first:
                     setattr(owner, child_name, None)
                 continue
-            is_tail = bool(re.search(r"norm|ln_f|pooler|project_out", child_name)) and "embed" not in child_name
+            is_tail = bool(_TAIL_CHILD.search(child_name))
             if is_tail and not head:
                 setattr(owner, child_name, PassThrough())
             elif not is_tail and not embedding:

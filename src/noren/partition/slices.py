@@ -81,7 +81,9 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
     return config
 
 
-def slice_config(config: PretrainedConfig, kept: list[int], *, embedding: bool, head: bool) -> PretrainedConfig:
+def slice_config(
+    config: PretrainedConfig, kept: list[int], *, embedding: bool, head: bool, task: str
+) -> PretrainedConfig:
     """Return the config of a checkpoint that holds only the layers `kept` of the model of `config`."""
     out, layers = copy.deepcopy(config), int(config.num_hidden_layers)
     for key, value in config.to_dict().items():
@@ -100,7 +102,7 @@ def slice_config(config: PretrainedConfig, kept: list[int], *, embedding: bool, 
     out.num_hidden_layers = len(kept)
     if not embedding and not head:
         out.vocab_size, out.pad_token_id = UNUSED_VOCABULARY, None
-    elif not embedding:
+    elif not embedding and task != "causal-lm" and out.pad_token_id is None:
         out.pad_token_id = 0  # batches of a classification head need one; padding is at the left, or masked
     return out
 
@@ -147,7 +149,8 @@ def read_slice(checkpoint: Checkpoint, plan: Plan, party: str, task: str) -> tup
     tied = task == "causal-lm" and is_tied(config, keys)
     names = owned_keys(keys, plan, party, tied=tied, model_type=config.model_type)
     tensors = checkpoint.read(names)
-    cut = slice_config(config, plan.kept(party), embedding=plan.holds_embedding(party), head=plan.holds_head(party))
+    embedding, head = plan.holds_embedding(party), plan.holds_head(party)
+    cut = slice_config(config, plan.kept(party), embedding=embedding, head=head, task=task)
     return cut, {names[key]: tensor for key, tensor in tensors.items()}
 
 
@@ -182,7 +185,10 @@ def write_slice(
         (draft / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
         if plan.holds_embedding(party):
             for name in SIDE_FILES:
-                if (text := checkpoint.text(name)) is not None:
+                if isinstance(checkpoint, FolderCheckpoint):
+                    if (checkpoint.folder / name).is_file():
+                        shutil.copyfile(checkpoint.folder / name, draft / name)
+                elif not name.endswith(".model") and (text := checkpoint.text(name)) is not None:  # text only
                     (draft / name).write_text(text, encoding="utf-8")
         draft.chmod(0o755)
         os.replace(draft, folder)

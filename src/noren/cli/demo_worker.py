@@ -1,0 +1,188 @@
+"""What one process of the demonstration does: a client that trains across the cut, or the same training in one piece.
+
+Run as `python -m noren.cli.demo_worker client|whole RUN.toml`. Speaks JSON lines on stdout: `{"step": ...}` for every
+step, and a last line `{"result": ...}`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from noren.adapters.checkpoint import load_folder
+from noren.cli.main import quiet
+from noren.config import Document
+from noren.metrics import peak_memory
+from noren.parties.client import Client
+from noren.parties.train import Prepared, load_tokenizer, prepare
+from noren.training.loop import Outcome, Progress, Trainer
+from noren.types import Forward, Message
+
+NEW_TOKENS = 60
+SAMPLES = 2
+PROMPT_WORDS = 6
+
+
+def say(**line: Any) -> None:
+    """Print one line of JSON for the process that started this one."""
+    print(json.dumps(line), flush=True)
+
+
+def note(progress: Progress) -> None:
+    """Report one step."""
+    say(step=progress.step, steps=progress.steps, loss=progress.loss, tokens=progress.tokens, seconds=progress.seconds)
+
+
+class Watch:
+    """A guard at the client's door: keeps one example of each kind, and checks every message for what may not cross."""
+
+    def __init__(self, hidden_size: int) -> None:
+        self.examples: dict[str, dict[str, Any]] = {}
+        self.found: set[str] = set()
+        self._hidden = hidden_size
+
+    def __call__(self, message: Message, handler: Any) -> Message:
+        """Look at a message and at its answer."""
+        answer: Message = handler(message)
+        for direction, one in (("up", message), ("down", answer)):
+            self._look(one)
+            if one.kind not in self.examples:
+                self.examples[one.kind] = {
+                    "direction": direction,
+                    "kind": one.kind,
+                    "fields": [
+                        name for name in one.meta.__struct_fields__ if getattr(one.meta, name) not in (None, [])
+                    ],
+                    "tensors": [
+                        f"{name} {list(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+                        for name, t in list(one.tensors.items())[:4]
+                    ],
+                    "bytes": sum(t.nbytes for t in one.tensors.values()),
+                }
+        return answer
+
+    def _look(self, message: Message) -> None:
+        if message.kind in ("state", "push"):
+            return  # adapters, which are asked for by name
+        for tensor in message.tensors.values():
+            if not tensor.is_floating_point():
+                self.found.add("whole numbers in a tensor (token ids, labels, masks or positions)")
+            elif tensor.dim() != 2 or tensor.shape[1] != self._hidden:
+                self.found.add("a tensor that is not [tokens, hidden size] (logits or padding)")
+        if isinstance(message.meta, Forward) and sum(message.meta.lengths) != len(message.tensors["hidden"]):
+            self.found.add("padding")
+
+
+def samples(model: Any, tokenizer: Any, prepared: Prepared) -> list[dict[str, str]]:
+    """Continue the first words of some held-out texts."""
+    out = []
+    for row in (prepared.held_out or prepared.rows)[:SAMPLES]:
+        text = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+        prompt = " ".join(text.split()[:PROMPT_WORDS])
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        room = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": prepared.pad_id}
+        ids = model.generate(**{k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}, **room)
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        out.append({"prompt": prompt, "text": tokenizer.decode(new, skip_special_tokens=True), "tokens": len(new)})
+    return out
+
+
+def client(document: Document) -> dict[str, Any]:
+    """Train one client across the cut, and say what it took."""
+    tokenizer = load_tokenizer(document.model)
+    prepared = prepare(document, tokenizer)
+    party = Client(document)
+    watch, ask = Watch(int(party.hf.config.hidden_size)), party.span.handler
+    party.span.handler = lambda message: watch(message, ask)
+    try:
+        party.save_adapter(document.out / "initial")
+        before = samples(party.model.eval(), tokenizer, prepared)
+        trainer = Trainer(
+            party.model, prepared.rows, prepared.held_out, document.run.training, pad_id=prepared.pad_id,
+            seed=document.run.seed, remote=party.remote(), checkpoint=document.out / "checkpoint", report=note,
+        )  # fmt: skip
+        in_steps = [0, 0, 0]
+        step = trainer.step
+
+        def counted(batch: Any) -> tuple[float, float, int]:
+            start = party.traffic.copy()
+            result = step(batch)
+            crossed = party.traffic.since(start)
+            for i, value in enumerate((crossed.total_bytes, crossed.round_trips, result[2])):
+                in_steps[i] += value
+            return result
+
+        trainer.step = counted  # type: ignore[method-assign]
+        outcome = trainer.run()
+        adapter = party.save_adapter(document.out / "adapter")
+        start = party.traffic.copy()
+        after = samples(party.model.eval(), tokenizer, prepared)
+        crossed = party.traffic.since(start)
+    finally:
+        party.close()
+    tokens = sum(sample["tokens"] for sample in after)
+    return _side(outcome) | {
+        "adapter": str(adapter),
+        "bytes_per_step": in_steps[0] / trainer.steps,
+        "round_trips_per_step": in_steps[1] / trainer.steps,
+        "tokens_per_step": in_steps[2] / trainer.steps,
+        "generated_tokens": tokens,
+        "round_trips_per_token": crossed.round_trips / tokens,
+        "bytes_per_token": crossed.total_bytes / tokens,
+        "samples": [
+            {"prompt": b["prompt"], "before": b["text"], "after": a["text"]} for b, a in zip(before, after, strict=True)
+        ],
+        "crossings": list(watch.examples.values()),
+        "found": sorted(watch.found),
+        "hidden_size": watch._hidden,
+        "parameters": sum(p.numel() for p in party.part.tensors.values()),
+        "file_bytes": party.part.bytes_read,
+    }
+
+
+def whole(document: Document) -> dict[str, Any]:
+    """The same training of the whole model in this process, from the same first adapter."""
+    from peft import PeftModel
+
+    run = document.run
+    prepared = prepare(document, load_tokenizer(document.model))
+    base = transformers.AutoModelForCausalLM.from_pretrained(document.model, dtype=getattr(torch, run.dtype))
+    model: nn.Module = PeftModel.from_pretrained(base, document.out / "initial", is_trainable=True)
+    trainer = Trainer(
+        model, prepared.rows, prepared.held_out, run.training, pad_id=prepared.pad_id, seed=run.seed, report=note
+    )
+    outcome = trainer.run()
+    own = {name.replace(".default.", "."): p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    split = load_folder(Path(document.out) / "adapter")
+    return _side(outcome) | {
+        "adapter_difference": max(float((own[f"base_model.model.{k}"] - t).abs().max()) for k, t in split.items()),
+        "parameters": sum(p.numel() for n, p in base.named_parameters() if "lora_" not in n),
+    }
+
+
+def _side(outcome: Outcome) -> dict[str, Any]:
+    ends = [outcome.evaluations.get(step, float("nan")) for step in (0, outcome.step)]
+    return {
+        "losses": outcome.losses,
+        "held_out_before": ends[0],
+        "held_out_after": ends[1],
+        "peak_bytes": peak_memory(),
+    }
+
+
+def main(what: str, path: str) -> None:
+    """Do one of the two, and print its result."""
+    quiet(False)
+    transformers.utils.logging.disable_progress_bar()
+    document = Document.read(Path(path))
+    say(result=client(document) if what == "client" else whole(document))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
