@@ -16,6 +16,11 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+if sys.argv[1:2] != ["whole"]:
+    from noren.cli.main import share_the_processor
+
+    share_the_processor()
+
 import torch
 import transformers
 
@@ -59,7 +64,41 @@ def server(folder: Path, values: dict[str, Any], threads: int) -> Iterator[Docum
         process.wait(timeout=20)
 
 
-def alternate(repeats: int, first: Callable[[], float], second: Callable[[], float]) -> tuple[list[float], list[float]]:
+@contextmanager
+def whole_in_a_process(script: str, *arguments: str, threads: int) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Run `script whole ARGUMENTS` as the baseline: each call makes it measure once and returns what it printed.
+
+    The baseline runs in a process of its own with OpenMP's default settings, which suit a process that has the machine
+    to itself; the cut model's processes give up the processor while they wait (noren.cli.main.share_the_processor).
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | {"OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(
+        [sys.executable, script, "whole", *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+    def measure() -> dict[str, Any]:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        return dict(json.loads(process.stdout.readline()))
+
+    try:
+        yield measure
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+def answer(measure: Callable[[], dict[str, Any]]) -> None:
+    """The baseline process: measure at each line that comes in."""
+    for _ in sys.stdin:
+        print(json.dumps(measure()), flush=True)
+
+
+def alternate(
+    repeats: int, first: Callable[[], dict[str, Any]], second: Callable[[], dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Measure two things in turn, after one uncounted run of each."""
     first(), second()
     pairs = [(first(), second()) for _ in range(repeats)]

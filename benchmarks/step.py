@@ -5,9 +5,11 @@ Prints the ratio of speeds (whole's seconds / split's), bytes a step against the
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import rig
 import torch
@@ -15,20 +17,40 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from noren.parties.client import Client
+from noren.training.batches import Row
 from noren.training.loop import Trainer, Training
 
-BATCH, LENGTH, REPEATS, THREADS = 8, 128, 5, 2
+BATCH, LENGTH, REPEATS, THREADS = 8, 128, 7, 2
 HIDDEN, WIDTH = 768, 2  # elements a token, bytes an element
+SETTINGS = Training(steps=1000, batch_size=BATCH, lr=1e-4)
+
+
+def rows() -> list[Row]:
+    """One batch of random tokens."""
+    ids = torch.randint(3, 32_000, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1)).tolist()
+    return [{"input_ids": row, "attention_mask": [1] * LENGTH, "labels": row} for row in ids]
+
+
+def measured(trainer: Trainer) -> dict[str, Any]:
+    """One step: its seconds and its loss."""
+    started = time.perf_counter()
+    loss = trainer.step([rows()])[0]
+    return {"seconds": time.perf_counter() - started, "loss": loss}
+
+
+def whole(folder: str, adapter: str) -> None:
+    """The baseline: the whole model in this process, from the same first adapter."""
+    torch.set_num_threads(THREADS)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    trainer = Trainer(model, rows(), [], SETTINGS, pad_id=0, seed=0)
+    rig.answer(lambda: measured(trainer))
 
 
 def main() -> None:
     """Measure and print."""
     torch.set_num_threads(THREADS)
     adapter = {"r": 8, "targets": ["q_proj", "v_proj"]}
-    settings = Training(steps=1000, batch_size=BATCH, lr=1e-4)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 32_000, (BATCH, LENGTH), generator=generator).tolist()
-    rows = [{"input_ids": row, "attention_mask": [1] * LENGTH, "labels": row} for row in ids]
     with rig.scratch() as scratch:
         folder = Path(scratch)
         model = rig.llama(folder, "160M")
@@ -36,35 +58,25 @@ def main() -> None:
         with rig.server(folder, values, THREADS) as document:
             client = Client(document)
             initial = client.save_adapter(folder / "initial")
-            base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-            whole = PeftModel.from_pretrained(base, initial, is_trainable=True)
-            split_trainer = Trainer(client.model, rows, [], settings, pad_id=0, seed=0, remote=client.remote())
-            whole_trainer = Trainer(whole, rows, [], settings, pad_id=0, seed=0)
-            losses: dict[str, list[float]] = {"split": [], "whole": []}
-
-            def seconds(name: str, trainer: Trainer) -> float:
-                started = time.perf_counter()
-                losses[name].append(trainer.step([rows])[0])
-                return time.perf_counter() - started
-
-            before = client.traffic.copy()
-            split, alone = rig.alternate(
-                REPEATS, lambda: seconds("split", split_trainer), lambda: seconds("whole", whole_trainer)
-            )
-            crossed = client.traffic.since(before)
+            trainer = Trainer(client.model, rows(), [], SETTINGS, pad_id=0, seed=0, remote=client.remote())
+            with rig.whole_in_a_process(__file__, str(model), str(initial), threads=THREADS) as alone:
+                before = client.traffic.copy()
+                split, whole = rig.alternate(REPEATS, lambda: measured(trainer), alone)
+                crossed = client.traffic.since(before)
             client.close()
     steps, floor = REPEATS + 1, 4 * BATCH * LENGTH * HIDDEN * WIDTH
+    seconds = [[one["seconds"] for one in side] for side in (split, whole)]
     rig.show(
         benchmark="step",
         shape="160M",
         dtype="bfloat16",
-        ratio=rig.median_ratio(alone, split),
-        split_seconds=median(split),
-        whole_seconds=median(alone),
+        ratio=rig.median_ratio(seconds[1], seconds[0]),
+        split_seconds=median(seconds[0]),
+        whole_seconds=median(seconds[1]),
         round_trips_per_step=crossed.round_trips / steps,
         bytes_per_step=crossed.total_bytes / steps,
         bytes_over_floor=crossed.total_bytes / steps / floor,
-        largest_loss_difference=max(abs(a - b) for a, b in zip(losses["split"], losses["whole"], strict=True)),
+        largest_loss_difference=max(abs(a["loss"] - b["loss"]) for a, b in zip(split, whole, strict=True)),
         batch=BATCH,
         length=LENGTH,
         repeats=REPEATS,
@@ -73,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    whole(*sys.argv[2:]) if sys.argv[1:2] == ["whole"] else main()

@@ -69,7 +69,7 @@ class Place:
         started = time.monotonic()
         done = subprocess.run(
             self.command(*arguments), input=typed, capture_output=True, text=True, cwd=self.folder,
-            env=self.environment, timeout=120, check=False,
+            env=self.environment, timeout=240, check=False,
         )  # fmt: skip
         return Result(done.returncode, done.stdout, done.stderr, time.monotonic() - started)
 
@@ -226,6 +226,7 @@ def answers(place: Place) -> Iterator[dict[str, Future[Result]]]:
         for name, (arguments, _, _) in REFUSED.items():
             running[name] = pool.submit(place.noren, *arguments(place))
         yield running
+        pool.shutdown(cancel_futures=True)
 
 
 def test_help_is_quick_and_imports_no_torch(place: Place) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def plan(
     model: Model,
-    cut: Annotated[str, typer.Option("--plan", help='The cut; default ":2 at the client, 2:-2 at a server".')] = "",
+    cut: Annotated[str, typer.Option("--plan", help='The cut; default: "client :2, server 2:-2, client -2:".')] = "",
     task: Task = TaskName.causal_lm,
     dtype: Annotated[DtypeName, typer.Option(help="Of the weights, and of what crosses.")] = DtypeName.float32,
     batch: Annotated[int, typer.Option(min=1, help="Sequences in a training step.")] = 8,
@@ -26,13 +26,15 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what each party would hold and what would cross, from the config and the shards' headers alone."""
+    from noren.adapters.lora import Lora, targets_for
     from noren.config import DEFAULT_PLAN
     from noren.partition.estimate import estimate
     from noren.partition.sources import open_checkpoint
 
     checkpoint = open_checkpoint(place_of(model))
     cost = estimate(
-        checkpoint, cut or DEFAULT_PLAN, task=task.value, dtype=dtype.value, batch=batch, length=length
+        checkpoint, cut or DEFAULT_PLAN, task=task.value, dtype=dtype.value, batch=batch, length=length,
+        targets=lambda model_type: targets_for(Lora(), model_type),
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(as_record(cost)))

@@ -2,7 +2,7 @@
 
 The model's own config is shrunk to a tiny random model, which is cut into four stages (client, two remote parties,
 client) and run over links that carry real bytes: without a cache, padded, as a prefill, token by token, as a chunk
-after a cache, and backward. An architecture whose numbers differ is refused. Verdicts are kept on disk.
+after a cache, and backward; and once in two stages, the second of which holds the head. An architecture whose numbers differ is refused. Verdicts are kept on disk.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ LAYERS = 12
 FOLDER = "noren-check-"
 PLAN = "client :4, near 4:8, server 8:-2, client -2:"
 HYBRID_PLAN = "client :4, server 4:8, client 8:"
+HEAD_TAIL_PLAN = "client :4, server 4:"
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,17 +120,29 @@ def _cache_folder() -> Path:
 def _key(config: PretrainedConfig, task: str) -> str:
     skipped = ("token_id", "_name_or_path", "dtype", "architectures", "id2label", "label2id", "vocab_size")
     small = {k: v for k, v in shrink(config, LAYERS).to_dict().items() if not k.endswith(skipped)}
-    text = json.dumps([small, task, transformers.__version__, torch.__version__, 1], sort_keys=True, default=str)
+    text = json.dumps([small, task, transformers.__version__, torch.__version__, 2], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _compare(config: PretrainedConfig, task: str) -> dict[str, float]:
+    if refusal := family(config.model_type).refuse:
+        raise UnfitModel(f"{config.model_type} cannot be cut exactly: {refusal}")
     with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
         tiny_model(config, task, LAYERS).save_pretrained(folder)
         whole = type(tiny_model(config, task, LAYERS)).from_pretrained(folder).eval()
+        if task == "causal-lm" and not is_causal(whole):
+            raise UnfitModel(
+                f"{config.model_type} keeps no cache of earlier tokens, or sees later ones (is_decoder is off), so it "
+                "cannot generate across a cut"
+            )
         hybrid = "linear_attention" in (getattr(whole.config, "layer_types", None) or [])
         split = cut_in_process(folder, HYBRID_PLAN if hybrid else PLAN, task)
-        return compare(whole, split, gradients=not shares_blocks(config))
+        out = compare(whole, split, gradients=not shares_blocks(config))
+        if not family(config.model_type).u_shaped:
+            ids = torch.randint(3, VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(2))
+            with torch.no_grad():
+                out["head-tail"] = _difference(whole(ids), cut_in_process(folder, HEAD_TAIL_PLAN, task)(ids))
+        return out
 
 
 def cut_in_process(folder: str, plan: str, task: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

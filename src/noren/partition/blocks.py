@@ -25,13 +25,23 @@ class Family:
     everywhere: tuple[str, ...] = ()  # children around the blocks that every party needs
     first_only: tuple[str, ...] = ()  # children around the blocks that act on the first block alone
     shared_blocks: bool = False  # one block's weights serve all layers: unrolled; no adapters can be trained
+    decoder: bool = False  # always causal, though its config has an `is_decoder` that is off
+    u_shaped: str = ""  # why the client must hold the head too
     refuse: str = ""  # why this family cannot be cut
 
+
+_RECURRENT = "its layers pass on a recurrent state, which cannot be rolled back to an earlier token"
 
 FAMILIES: dict[str, Family] = {
     "deberta-v2": Family(everywhere=("rel_embeddings", "LayerNorm"), first_only=("conv",)),
     "deberta": Family(everywhere=("rel_embeddings", "LayerNorm")),
     "albert": Family(shared_blocks=True),
+    "gpt_neox": Family(decoder=True),
+    "gpt_neox_japanese": Family(decoder=True),
+    "nanochat": Family(u_shaped="one norm acts both before its first block and after its last"),
+    "mamba": Family(refuse=_RECURRENT),
+    "mamba2": Family(refuse=_RECURRENT),
+    "rwkv": Family(refuse=_RECURRENT),
     "modernbert": Family(refuse="its first block has no attention norm and its layer kinds go by global index"),
 }
 """The exceptions, by `config.model_type`."""
@@ -92,7 +102,8 @@ def is_causal(model: nn.Module) -> bool:
     """Whether the model is a decoder with a cache (else: an encoder that sees all positions at once)."""
     base: nn.Module = model.base_model  # type: ignore[assignment]
     takes_cache = "past_key_values" in inspect.signature(base.forward).parameters
-    return takes_cache and bool(getattr(model.config, "is_decoder", True))
+    decoder = family(model.config.model_type).decoder or getattr(model.config, "is_decoder", True)
+    return takes_cache and bool(decoder)
 
 
 def find_head(model: nn.Module, task: str) -> str:

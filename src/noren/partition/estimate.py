@@ -9,12 +9,12 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from noren.adapters.lora import Lora, targets_for
 from noren.errors import ConfigError, ModelError
 from noren.partition.blocks import family
 from noren.partition.checkpoint import Checkpoint, FolderCheckpoint, TensorInfo
@@ -40,7 +40,7 @@ class PartyCost:
         file_bytes: bytes of those tensors in the checkpoint's files.
         memory_bytes: bytes of those tensors in the run's dtype.
         cache_bytes_per_token: keys and values of its layers, for one token of one sequence; 0 for an encoder.
-        adapter_parameters: elements of LoRA's A and B at its layers; None if PEFT knows no targets for the model.
+        adapter_parameters: elements of LoRA's A and B at its layers; None if no targets are known for the model.
     """
 
     party: str
@@ -96,9 +96,12 @@ def estimate(
     dtype: str = "float32",
     batch: int = 8,
     length: int = 128,
+    targets: Callable[[str], list[str]] | None = None,
     rank: int = RANK,
 ) -> Cost:
     """Work out what a cut costs, for training steps of `batch` sequences of `length` tokens.
+
+    `targets` gives the names of the modules that an adapter of `rank` adapts, for a model type, or raises ConfigError.
 
     Opens only config.json and the headers of the shards. Raises PlanError, ModelError, UnfitModel, or ConfigError.
     """
@@ -117,7 +120,7 @@ def estimate(
     keys = list(infos)
     tied = task == "causal-lm" and is_tied(config, keys)
     cache = cache_bytes_per_layer(config, ELEMENT_BYTES[dtype])
-    targets = _targets(config)
+    names = _names(targets, config.model_type)
     parties = []
     for party in cut.parties:
         owned = owned_keys(keys, cut, party, tied=tied, model_type=config.model_type)
@@ -132,7 +135,7 @@ def estimate(
                 file_bytes=sum(info.nbytes for info in mine.values()),
                 memory_bytes=count * ELEMENT_BYTES[dtype],
                 cache_bytes_per_token=sum(cache[layer] for layer in cut.kept(party)),
-                adapter_parameters=None if targets is None else lora_parameters(mine, targets, rank),
+                adapter_parameters=None if names is None else lora_parameters(mine, names, rank),
             )
         )
     return Cost(
@@ -173,11 +176,11 @@ def lora_parameters(infos: dict[str, TensorInfo], targets: list[str], rank: int)
     return total
 
 
-def _targets(config: PretrainedConfig) -> list[str] | None:
-    if family(config.model_type).shared_blocks:
+def _names(targets: Callable[[str], list[str]] | None, model_type: str) -> list[str] | None:
+    if targets is None or family(model_type).shared_blocks:
         return None
     try:
-        return targets_for(Lora(), config.model_type)
+        return targets(model_type)
     except ConfigError:
         return None
 

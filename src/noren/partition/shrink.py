@@ -48,6 +48,8 @@ HEAD_DIM = 16
 
 def shrink(config: PretrainedConfig, layers: int, task: str = "causal-lm") -> PretrainedConfig:
     """Return a config of the same flags, `layers` layers deep and narrow enough to run in milliseconds."""
+    if not config.num_hidden_layers:
+        config = _with_layers(config)
     small = copy.deepcopy(config)
     depth = int(config.num_hidden_layers)
     for key, value in config.to_dict().items():
@@ -100,6 +102,15 @@ def shrink(config: PretrainedConfig, layers: int, task: str = "causal-lm") -> Pr
     if isinstance(limit := getattr(small, "max_position_embeddings", None), int):
         _put(small, "max_position_embeddings", min(limit, 128))
     return small
+
+
+def _with_layers(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of a client that holds no layers, with as many and of such kinds as its class has by default."""
+    depth = type(config)().num_hidden_layers
+    kept = {k: v for k, v in config.to_dict().items() if v != [] and k != "attention_types"}
+    named: str = (config.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
+    made: PretrainedConfig = type(config).from_dict(kept | {named: depth})
+    return made
 
 
 def _spread(values: list[Any], count: int) -> list[Any]:

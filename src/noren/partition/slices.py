@@ -145,6 +145,11 @@ def is_tied(config: PretrainedConfig, keys: list[str]) -> bool:
 def read_slice(checkpoint: Checkpoint, plan: Plan, party: str, task: str) -> tuple[PretrainedConfig, dict[str, Tensor]]:
     """Read one party's config and tensors from a whole model. Reads no other party's tensors."""
     config = load_config(checkpoint)
+    if (reason := family(config.model_type).u_shaped) and not plan.u_shaped:
+        raise UnfitModel(
+            f"{checkpoint.location}: {config.model_type} cannot leave its head to another party: {reason}; end the "
+            f"plan '{plan}' with layers of {plan.client!r}"
+        )
     keys = list(checkpoint.files)
     tied = task == "causal-lm" and is_tied(config, keys)
     names = owned_keys(keys, plan, party, tied=tied, model_type=config.model_type)
