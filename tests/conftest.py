@@ -114,7 +114,9 @@ class Parties:
                 following = _local_line(server.connect)
         if self.kind == "grpc":
             values = {"links": {first.remote[0].party: address}}
-            document = Document.of({"model": str(model), "keys": {"dir": str(self._keys)}, **fields, **values}, Path.cwd())
+            document = Document.of(
+                {"model": str(model), "keys": {"dir": str(self._keys)}, **fields, **values}, Path.cwd()
+            )
             client = Client(document)
         else:
             assert connect is not None
@@ -123,9 +125,7 @@ class Parties:
         return client
 
     def _grpc_line(self, address: str, name: str) -> Callable[..., Handler]:
-        return lambda greet, greeted: GrpcLink(
-            address, credentials(self._keys, name), greet=greet, greeted=greeted
-        )
+        return lambda greet, greeted: GrpcLink(address, credentials(self._keys, name), greet=greet, greeted=greeted)
 
     def _watched(self, server: SpanServer) -> Callable[[str], Any]:
         parties = self

@@ -27,7 +27,10 @@ OWN_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "falcon new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 8}),
     "falcon alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
-    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention", "conv", "full_attention"] * 4, "num_hidden_layers": 16}),
+    "lfm2": (
+        "lfm2",
+        {"layer_types": ["conv", "full_attention", "conv", "full_attention"] * 4, "num_hidden_layers": 16},
+    ),
     "gpt2 scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "qwen2_moe sparse": ("qwen2_moe", {"mlp_only_layers": [1]}),
     "deberta-v2 relative": ("deberta-v2", DEBERTA | {"position_buckets": 32, "share_att_key": True}),

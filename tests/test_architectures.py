@@ -12,15 +12,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import models
 import msgspec
 import pytest
 import torch
-from conftest import PLANS
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+import models
+from conftest import PLANS
 from noren.adapters.lora import adapter_parameters
 from noren.config import Document
 from noren.errors import PlanError, UnfitModel
@@ -298,7 +298,10 @@ LORA = {
     "gpt2": ("causal-lm", ["c_attn", "c_proj", "c_fc"]),
     "bert": (CLASSIFIED, ["query", "key", "value", "dense"]),
 }
-LORA_PLANS = {"u-shaped": "client :1, edge 1:2, server 2:4, client 4:", "head and tail": "client :1, edge 1:3, server 3:"}
+LORA_PLANS = {
+    "u-shaped": "client :1, edge 1:2, server 2:4, client 4:",
+    "head and tail": "client :1, edge 1:3, server 3:",
+}
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # PEFT's remark on GPT-2's own kind of linear layer

@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from conftest import U_SHAPED, Parties
 
+from conftest import U_SHAPED, Parties
 from noren.errors import HandshakeRefused
 from noren.training.batches import collate
 from noren.types import Backward, Forward, Message

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import PLANS, Parties
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList, TextStreamer, pipeline
+
+from conftest import PLANS, Parties
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import models
 import pytest
 import torch
-from conftest import PLANS, U_SHAPED
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import models
+from conftest import PLANS, U_SHAPED
 from noren.errors import HandshakeRefused, ModelError, PlanError
 from noren.parties.fitness import TOLERANCE, compare
 from noren.parties.server import SpanServer
 from noren.partition import slices
-from noren.partition.checkpoint import open_checkpoint
 from noren.partition.plan import Plan
 from noren.partition.slices import MANIFEST, read_manifest, weights_digest, write_slice
+from noren.partition.sources import open_checkpoint
 from noren.partition.stage import Stage, open_slice
 from noren.types import PROTOCOL, Hello, Message
 

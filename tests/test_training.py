@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import PLANS, Parties
 from peft import PeftModel
-from test_crossing import ADAPTER, rows
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer as HFTrainer, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import Trainer as HFTrainer
 
+from conftest import PLANS, Parties
 from noren.adapters.checkpoint import load_folder, same_values
 from noren.errors import ConfigError, SessionLost
 from noren.parties.client import Client
 from noren.training.batches import collate
 from noren.training.loop import Trainer, Training
+from test_crossing import ADAPTER, rows
 
 ROUNDING = 5e-6
 """After 12 steps of AdamW in fp32 at lr 1e-2: the two sides sum norms in another order, and Adam divides by roots."""

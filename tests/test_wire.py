@@ -13,9 +13,10 @@ import grpc
 import msgspec
 import pytest
 import torch
-from conftest import U_SHAPED, Parties, credentials
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from conftest import U_SHAPED, Parties, credentials
 from noren.errors import LinkError, NorenError, OverBudget, PeerError, ProtocolError, SessionLost
 from noren.parties.server import Limits, SpanServer
 from noren.partition.stage import Stage
@@ -316,6 +317,7 @@ def test_a_server_that_is_not_there(keys: Path) -> None:
 
 def test_a_port_that_speaks_something_else(keys: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
+
         def answer() -> None:
             try:
                 while True:

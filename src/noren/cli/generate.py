@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,22 +87,14 @@ def chosen_adapter(document: Document, adapter: Path | None, no_adapter: bool) -
 
 
 def open_client(document: Document, adapter: Path | None) -> Client:
-    """Connect under a name of its own, so that a training run of this document is left alone."""
+    """Connect, with the adapter or with the base model alone."""
     import msgspec
 
     from noren.config import Document
-    from noren.parties.client import Client
+    from noren.parties.client import connect
 
-    name = f"{document.run.name[:40]}.use-{uuid.uuid4().hex[:12]}"
     settings = document.run.adapter if adapter else None
-    client = Client(Document(msgspec.structs.replace(document.run, name=name, adapter=settings), document.base))
-    if adapter is not None:
-        try:
-            client.load_adapter(adapter)
-        except BaseException:
-            client.close()
-            raise
-    return client
+    return connect(Document(msgspec.structs.replace(document.run, adapter=settings), document.base), adapter)
 
 
 def tokenized(tokenizer: Any, text: str, model: Any, more: int) -> dict[str, Any]:

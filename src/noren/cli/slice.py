@@ -20,7 +20,7 @@ def slice(
     digest: Annotated[
         bool,
         typer.Option(help="Let the handshake compare a digest of all weights: every party must use a slice then."),
-    ] = True,
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write each party's layers as an ordinary small model folder, which is all that the party needs."""

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -69,16 +72,31 @@ def load(
     if text.endswith(".toml"):
         document = Document.read(Path(text))
         if fields:
-            import msgspec
-
             values = msgspec.to_builtins(document.run) | fields
             document = Document.of({k: v for k, v in values.items() if v is not None}, document.base)
     else:
         document = Document.of({"model": text, **fields}, Path.cwd())
-    client = Client(document, handler)
+    return connect(document, Path(adapter) if adapter is not None else None, handler).model
+
+
+def connect(document: Document, adapter: Path | None = None, handler: Handler | None = None) -> Client:
+    """Return a client under a run name of its own, so that a training run of the same document is left alone.
+
+    `adapter` is a PEFT folder to load; a classifier's labels are read from `labels.json` beside it, if there.
+    """
+    name = f"{document.run.name[:40]}.use-{uuid.uuid4().hex[:12]}"
+    labels = None
+    if adapter is not None and (named := adapter.resolve().parent / "labels.json").is_file():
+        labels = json.loads(named.read_text(encoding="utf-8"))
+    own = Document(msgspec.structs.replace(document.run, name=name), document.base)
+    client = Client(own, handler, labels=labels)
     if adapter is not None:
-        client.load_adapter(Path(adapter))
-    return client.model
+        try:
+            client.load_adapter(adapter)
+        except BaseException:
+            client.close()
+            raise
+    return client
 
 
 class Client:
@@ -88,13 +106,12 @@ class Client:
         self,
         document: Document,
         handler: Handler | None = None,
-        adapter: Lora | None = None,
         *,
         labels: list[str] | None = None,
         pad_id: int | None = None,
     ) -> None:
         run = document.run
-        self.document, self.lora = document, adapter or run.adapter
+        self.document, self.lora = document, run.adapter
         self.part = open_slice(document.model, run.plan, None, run.task)
         fitness.require(self.part.config, run.task, self.part.location)
         if labels:

@@ -115,7 +115,10 @@ class SpanServer:
             key = (owner, hello.run)
             if (run := self._runs.get(key)) is not None:
                 if run.hello != hello:
-                    raise HandshakeRefused(f"run {hello.run!r} was begun with {run.hello}, now it is {hello}")
+                    changed = [k for k in hello.__struct_fields__ if getattr(hello, k) != getattr(run.hello, k)]
+                    raise HandshakeRefused(
+                        f"run {hello.run!r} was begun with another {' and '.join(changed)}; give the run another name"
+                    )
                 return run
             if sum(k[0] == owner for k in self._runs) >= self.limits.runs:
                 raise OverBudget(f"{owner} has {self.limits.runs} runs here already, which is the limit; close one")

@@ -29,9 +29,9 @@ from noren.partition.blocks import (
     tail_module,
 )
 from noren.partition.checkpoint import FolderCheckpoint
-from noren.partition.sources import open_checkpoint
 from noren.partition.plan import Plan
 from noren.partition.slices import load_config, read_manifest, read_slice
+from noren.partition.sources import open_checkpoint
 
 TASKS = ("causal-lm", "sequence-classification", "question-answering")
 _CLASSES = {
@@ -86,7 +86,7 @@ def open_slice(model: str | Path, plan: Any, party: str | None, task: str) -> Sl
             checkpoint.read(checkpoint.files),
             manifest.fingerprint,
         )
-    _check_kinds(config, cut, party)
+    check_kinds(config, cut, party)
     return Slice(
         plan=cut, party=party, task=task, config=config, tensors=tensors, fingerprint=mark,
         location=str(model), bytes_read=checkpoint.bytes_read,
@@ -94,7 +94,7 @@ def open_slice(model: str | Path, plan: Any, party: str | None, task: str) -> Sl
     )  # fmt: skip
 
 
-def _check_kinds(config: PretrainedConfig, plan: Plan, party: str) -> None:
+def check_kinds(config: PretrainedConfig, plan: Plan, party: str) -> None:
     """Every stage of a hybrid model needs an attention layer: transformers takes the cache's length from it."""
     kinds = set(getattr(config, "layer_types", None) or [])
     if "linear_attention" in kinds and not kinds & {"full_attention", "sliding_attention"}:

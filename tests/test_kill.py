@@ -1,0 +1,91 @@
+"""Real processes: the server is killed in the middle of `generate`, and a new one takes its port."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import U_SHAPED
+from noren.config import Document
+from noren.errors import LinkError
+from noren.parties.client import Client
+from noren.types import Message
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def serve(run: Path, port: int) -> subprocess.Popen[str]:
+    """Start a server process and wait until it says that it is ready."""
+    command = [sys.executable, "-m", "noren.cli.main", "serve", str(run), "--party", "server"]
+    process = subprocess.Popen(
+        [*command, "--listen", f"127.0.0.1:{port}", "--json"], stdout=subprocess.PIPE, text=True, env=os.environ.copy()
+    )
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline())["port"] == port
+    process.stdout.close()
+    return process
+
+
+def document(folder: Path, keys: Path, port: int, tmp_path: Path) -> tuple[Document, Path]:
+    values = {"model": str(folder), "plan": U_SHAPED, "keys": {"dir": str(keys)}}
+    made = Document.of(values | {"links": {"server": f"127.0.0.1:{port}"}}, tmp_path)
+    (tmp_path / "run.toml").write_text(made.to_toml())
+    return made, tmp_path / "run.toml"
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"do_sample": True}], ids=["greedy", "beams", "sampling"])
+def test_sigkill_in_the_middle_of_generate(
+    mode: dict[str, Any], keys: Path, llama_folder: Path, whole: Any, tmp_path: Path
+) -> None:
+    port = free_port()
+    made, run = document(llama_folder, keys, port, tmp_path)
+    running = [serve(run, port)]
+    client = Client(made)
+    count, ask = [0], client.span.handler
+
+    def killing(message: Message) -> Message:
+        count[0] += 1
+        if count[0] == 9:
+            running[0].send_signal(signal.SIGKILL)
+            running[0].wait()
+            running.append(serve(run, port))
+        return ask(message)
+
+    client.span.handler = killing
+    ids = torch.randint(3, 128, (1, 9), generator=torch.Generator().manual_seed(4))
+    options = {"max_new_tokens": 24, "pad_token_id": 0, "do_sample": False} | mode
+    outputs = []
+    for model in (client.model, whole):
+        torch.manual_seed(6)
+        outputs.append(model.generate(ids, **options))
+    assert torch.equal(*outputs)
+    assert client.span.replays == 1 and client.link.connections == 2  # type: ignore[union-attr]
+    client.close()
+    running[1].terminate()
+    assert running[1].wait(timeout=20) == 0
+
+
+def test_a_server_that_stays_away_is_an_error(keys: Path, llama_folder: Path, tmp_path: Path) -> None:
+    port = free_port()
+    made, run = document(llama_folder, keys, port, tmp_path)
+    running = serve(run, port)
+    client = Client(made)
+    client.link.patience = 2.0  # type: ignore[union-attr]
+    running.kill()
+    running.wait()
+    with pytest.raises(LinkError, match=f"127.0.0.1:{port}: no answer for 2 s"):
+        client.model(torch.ones(1, 3, dtype=torch.long))
+    client.close()
