@@ -94,7 +94,7 @@ def chains(draw: st.DrawFn) -> tuple[list[str], int, list[tuple[str, int, int]]]
         cuts[-1] = layers
     bounds = [0, *cuts, *([layers] if u_shaped else [])]
     names = ["client", *(f"party{i}" for i in range(remote)), *(["client"] if u_shaped else [])]
-    spans = list(zip(names, bounds, bounds[1:], strict=True))
+    spans = list(zip(names, bounds[:-1], bounds[1:], strict=True))
 
     def written(value: int, default: int) -> str:
         ways = [str(value), *([str(value - layers)] if value < layers else ["-0"]), *([""] if value == default else [])]

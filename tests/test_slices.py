@@ -145,14 +145,6 @@ def test_an_edited_manifest_is_refused(edited: bytes | str, cut: dict[str, Path]
         open_slice(folder, U_SHAPED, "client", "causal-lm")
 
 
-def test_a_manifest_edited_to_another_party_does_not_load(cut: dict[str, Path], tmp_path: Path) -> None:
-    folder = copied(cut["client"], tmp_path / "edited")
-    values = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(values | {"party": "server"}))
-    with pytest.raises(ModelError, match="have no place in the model"):
-        Stage.load(folder, U_SHAPED, "server", "causal-lm")
-
-
 def hello(fingerprint: str) -> Message:
     plan = ["client 0:2", "server 2:6", "client 6:8"]
     return Message(

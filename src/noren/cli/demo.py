@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CLIENTS = ("clinic", "desk")
 NOTES, NOTES_SEED = 300, 7
-STEPS, LEARNING_RATE, BATCH = 50, 1e-2, 8
+STEPS, LEARNING_RATE, BATCH = 60, 5e-3, 8
 OWN_LEARNING_RATE = 2e-4  # for a model that was not made for this
 
 
@@ -72,7 +72,7 @@ class Demo:
             ensure(keys, name, "client")
         ensure(keys, "server", "server")
         self._share_out(data)
-        self.layers = self._layers(model)
+        self.layers = self._check(model)
         self.plan = [part.strip() for part in plan.split(",")] if plan else self._default_plan()
         rate = lr or (LEARNING_RATE if model == "embedded" else OWN_LEARNING_RATE)
         self._values: dict[str, Any] = {
@@ -110,13 +110,17 @@ class Demo:
             lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
             (self.out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
-    def _layers(self, model: str) -> int:
+    def _check(self, model: str) -> int:
+        """Check the model's architecture once for all processes; returns its number of layers."""
         from noren.config import Document
+        from noren.parties import fitness
         from noren.partition.slices import load_config
         from noren.partition.sources import open_checkpoint
 
         place = Document.of({"model": model}, Path.cwd()).model
-        return int(load_config(open_checkpoint(place)).num_hidden_layers)
+        config = load_config(open_checkpoint(place))
+        fitness.require(config, "causal-lm", place)
+        return int(config.num_hidden_layers)
 
     def _default_plan(self) -> list[str]:
         ends = 2 if self.layers > 4 else 1
@@ -177,6 +181,8 @@ class Demo:
 
     def _follow(self, what: str, name: str, bar: Any, task: Any, results: dict[str, dict[str, Any]]) -> None:
         """Start one process and show its steps until it is done."""
+        from noren.cli.show import bytes_of
+
         started = time.monotonic()
         log = self.out / f"{name}-{what}.log"
         process = _start(["-m", "noren.cli.demo_worker", what, str(self.out / f"{name}.toml")], log)
@@ -186,8 +192,9 @@ class Demo:
             if "result" in words:
                 results[name] = words["result"] | {"seconds": time.monotonic() - started}
                 continue
-            speed = words["tokens"] / max(words["seconds"], 1e-9)
-            bar.update(task, completed=words["step"], description=f"loss {words['loss']:.3f}  {speed:,.0f} tokens/s")
+            crossed = f"  {bytes_of(words['crossed'])} up and down" if words["crossed"] else ""
+            speed = f"{words['tokens_per_second']:,.0f} tokens/s"
+            bar.update(task, completed=words["step"], description=f"loss {words['loss']:.3f}  {speed}{crossed}")
         process.wait()
 
     def result(self, split: dict[str, Any], whole: dict[str, Any], server_peak: int, seconds: float) -> Any:
@@ -233,7 +240,7 @@ class Demo:
             plan=plan.lines(),
             dtype="float32",
             parts=[
-                Part(party="client", layers=plan.kept("client"), holds=["embedding", "final norm", "head", "labels", "loss"],
+                Part(party="client", layers=plan.kept("client"), holds=list(_PRIVATE),
                      parameters=first["parameters"], file_bytes=first["file_bytes"]),
                 Part(party="server", layers=plan.kept("server"), holds=[], parameters=server,
                      file_bytes=int(server * bytes_each)),
@@ -257,6 +264,7 @@ _COPIED = (
     "tokens_per_step", "bytes_per_step", "round_trips_per_step", "generated_tokens", "round_trips_per_token",
     "bytes_per_token", "seconds", "adapter",
 )  # fmt: skip
+_PRIVATE = ("embedding", "final norm", "head", "labels", "loss")
 _ABSENT = ("token ids", "labels", "logits", "attention masks", "position ids", "padding")
 
 

@@ -20,7 +20,7 @@ from noren.cli.main import quiet
 from noren.config import Document
 from noren.metrics import peak_memory
 from noren.parties.client import Client
-from noren.parties.train import Prepared, load_tokenizer, prepare
+from noren.parties.train import MeasuredTrainer, Prepared, load_tokenizer, prepare
 from noren.training.loop import Outcome, Progress, Trainer
 from noren.types import Forward, Message
 
@@ -34,9 +34,10 @@ def say(**line: Any) -> None:
     print(json.dumps(line), flush=True)
 
 
-def note(progress: Progress) -> None:
-    """Report one step."""
-    say(step=progress.step, steps=progress.steps, loss=progress.loss, tokens=progress.tokens, seconds=progress.seconds)
+def note(progress: Progress, crossed: int = 0) -> None:
+    """Report one step, and the bytes that crossed so far."""
+    speed = progress.tokens / max(progress.seconds, 1e-9)
+    say(step=progress.step, loss=progress.loss, tokens_per_second=speed, crossed=crossed)
 
 
 class Watch:
@@ -56,9 +57,7 @@ class Watch:
                 self.examples[one.kind] = {
                     "direction": direction,
                     "kind": one.kind,
-                    "fields": [
-                        name for name in one.meta.__struct_fields__ if getattr(one.meta, name) not in (None, [])
-                    ],
+                    "fields": [n for n in one.meta.__struct_fields__ if getattr(one.meta, n) not in (None, [])],
                     "tensors": [
                         f"{name} {list(t.shape)} {str(t.dtype).removeprefix('torch.')}"
                         for name, t in list(one.tensors.items())[:4]
@@ -79,7 +78,7 @@ class Watch:
             self.found.add("padding")
 
 
-def samples(model: Any, tokenizer: Any, prepared: Prepared) -> list[dict[str, str]]:
+def samples(model: Any, tokenizer: Any, prepared: Prepared) -> list[dict[str, Any]]:
     """Continue the first words of some held-out texts."""
     out = []
     for row in (prepared.held_out or prepared.rows)[:SAMPLES]:
@@ -89,7 +88,7 @@ def samples(model: Any, tokenizer: Any, prepared: Prepared) -> list[dict[str, st
         room = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": prepared.pad_id}
         ids = model.generate(**{k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}, **room)
         new = ids[0, inputs["input_ids"].shape[1] :]
-        out.append({"prompt": prompt, "text": tokenizer.decode(new, skip_special_tokens=True), "tokens": len(new)})
+        out.append({"prompt": prompt, "text": tokenizer.decode(new, skip_special_tokens=True), "ids": new.tolist()})
     return out
 
 
@@ -103,22 +102,21 @@ def client(document: Document) -> dict[str, Any]:
     try:
         party.save_adapter(document.out / "initial")
         before = samples(party.model.eval(), tokenizer, prepared)
-        trainer = Trainer(
+        trainer = MeasuredTrainer(
             party.model, prepared.rows, prepared.held_out, document.run.training, pad_id=prepared.pad_id,
-            seed=document.run.seed, remote=party.remote(), checkpoint=document.out / "checkpoint", report=note,
+            seed=document.run.seed, remote=party.remote(), checkpoint=document.out / "checkpoint",
+            report=lambda progress: told(progress),
         )  # fmt: skip
-        in_steps = [0, 0, 0]
-        step = trainer.step
+        trainer.traffic = party.traffic
+        total = {"bytes": 0, "round_trips": 0, "tokens": 0}
 
-        def counted(batch: Any) -> tuple[float, float, int]:
-            start = party.traffic.copy()
-            result = step(batch)
-            crossed = party.traffic.since(start)
-            for i, value in enumerate((crossed.total_bytes, crossed.round_trips, result[2])):
-                in_steps[i] += value
-            return result
+        def told(progress: Progress) -> None:
+            measured = trainer.measured(progress)
+            total["bytes"] += measured.bytes_up + measured.bytes_down
+            total["round_trips"] += measured.round_trips
+            total["tokens"] += progress.tokens
+            note(progress, total["bytes"])
 
-        trainer.step = counted  # type: ignore[method-assign]
         outcome = trainer.run()
         adapter = party.save_adapter(document.out / "adapter")
         start = party.traffic.copy()
@@ -126,12 +124,10 @@ def client(document: Document) -> dict[str, Any]:
         crossed = party.traffic.since(start)
     finally:
         party.close()
-    tokens = sum(sample["tokens"] for sample in after)
+    tokens = sum(len(sample["ids"]) for sample in after)
     return _side(outcome) | {
         "adapter": str(adapter),
-        "bytes_per_step": in_steps[0] / trainer.steps,
-        "round_trips_per_step": in_steps[1] / trainer.steps,
-        "tokens_per_step": in_steps[2] / trainer.steps,
+        **{f"{name}_per_step": value / trainer.steps for name, value in total.items()},
         "generated_tokens": tokens,
         "round_trips_per_token": crossed.round_trips / tokens,
         "bytes_per_token": crossed.total_bytes / tokens,

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from noren.partition.plan import Plan
     from noren.types import Handler, Message
 
+EDGE_WORKERS = 16
+"""Threads of a party that waits for the next one. A last party only computes, one thing at a time: one thread, so that
+freed activations of one step are used again by the next, whoever's it is."""
+
 
 def serve(
     run: RunFile,
@@ -53,13 +57,13 @@ def serve(
     import torch
 
     stage = Stage(part, getattr(torch, settings.dtype)).to(place)
-    server = SpanServer(
-        stage, lora=settings.adapter, limits=settings.serve, following=following(document, part.plan, party)
-    )
+    onward = following(document, part.plan, party)
+    server = SpanServer(stage, lora=settings.adapter, limits=settings.serve, following=onward)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with GrpcServer(address, credentials, server.connect, tick=server.expire) as listening:
+    workers = 1 if onward is None else EDGE_WORKERS
+    with GrpcServer(address, credentials, server.connect, tick=server.expire, workers=workers) as listening:
         at = f"{address.rpartition(':')[0]}:{listening.port}"
         layers = ", ".join(f"{span.start}:{span.end}" for span in part.plan.remote if span.party == party)
         count = sum(tensor.numel() for tensor in part.tensors.values())

@@ -2,7 +2,8 @@
 
 The model's own config is shrunk to a tiny random model, which is cut into four stages (client, two remote parties,
 client) and run over links that carry real bytes: without a cache, padded, as a prefill, token by token, as a chunk
-after a cache, and backward; and once in two stages, the second of which holds the head. An architecture whose numbers differ is refused. Verdicts are kept on disk.
+after a cache, and backward; and once in two stages, the second of which holds the head. An architecture whose numbers
+differ is refused. Verdicts are kept on disk.
 """
 
 from __future__ import annotations

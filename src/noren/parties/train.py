@@ -54,6 +54,7 @@ class Metrics:
     tokens_per_second: float
     bytes_up: int
     bytes_down: int
+    round_trips: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def train(
         _start_afresh(client)
         out.mkdir(parents=True, exist_ok=True)
         metrics = out / "metrics.jsonl"
-        trainer = _Measured(
+        trainer = MeasuredTrainer(
             client.model, prepared.rows, prepared.held_out, document.run.training, pad_id=prepared.pad_id,
             seed=document.run.seed, remote=client.remote(), checkpoint=checkpoint,
             report=lambda progress: note(progress),
@@ -187,12 +188,13 @@ def _start_afresh(client: Client) -> None:
     client.span.steps.restart(welcome.step)
 
 
-class _Measured(Trainer):
+class MeasuredTrainer(Trainer):
     """The training loop, noting what crosses in each step, evaluations and checkpoints left out."""
 
     traffic: Traffic
 
     def step(self, batch: list[list[Row]]) -> tuple[float, float, int]:
+        """One optimiser step, counted."""
         before = self.traffic.copy()
         result = super().step(batch)
         self._crossed = self.traffic.since(before)
@@ -204,6 +206,7 @@ class _Measured(Trainer):
             step=progress.step, loss=progress.loss, norm=progress.norm,
             tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
             bytes_up=self._crossed.sent_bytes, bytes_down=self._crossed.received_bytes,
+            round_trips=self._crossed.round_trips,
         )  # fmt: skip
 
 

@@ -102,7 +102,8 @@ def is_causal(model: nn.Module) -> bool:
     """Whether the model is a decoder with a cache (else: an encoder that sees all positions at once)."""
     base: nn.Module = model.base_model  # type: ignore[assignment]
     takes_cache = "past_key_values" in inspect.signature(base.forward).parameters
-    decoder = family(model.config.model_type).decoder or getattr(model.config, "is_decoder", True)
+    config: Any = model.config
+    decoder = family(config.model_type).decoder or getattr(config, "is_decoder", True)
     return takes_cache and bool(decoder)
 
 
