@@ -51,7 +51,7 @@ def serve(
     part = open_slice(document.model, settings.plan, party, settings.task)
     if not address:
         raise ConfigError(f'links: no address for {party!r}; add `{party} = "host:port"` under [links], or --listen')
-    fitness.require(part.config, settings.task, part.location)
+    fitness.require(part.whole, settings.task, part.location)
     place = pick_device(device or settings.device)
 
     import torch

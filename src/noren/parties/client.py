@@ -113,7 +113,7 @@ class Client:
         run = document.run
         self.document, self.lora = document, run.adapter
         self.part = open_slice(document.model, run.plan, None, run.task)
-        fitness.require(self.part.config, run.task, self.part.location)
+        fitness.require(self.part.whole, run.task, self.part.location)
         if labels:
             set_labels(self.part, labels, pad_id)
         self._closed = False

@@ -7,6 +7,7 @@ body is read.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import httpx
@@ -27,8 +28,10 @@ class HttpCheckpoint(Checkpoint):
     def __init__(self, url: str, headers: dict[str, str] | None = None, revision: str = "") -> None:
         super().__init__(url.rstrip("/"))
         self._client = httpx.Client(headers=headers or {}, follow_redirects=True, timeout=30)
+        weakref.finalize(self, self._client.close)
         self._revision = revision
         self._starts: dict[str, int] = {}
+        self._headers: dict[str, dict[str, Any]] = {}
         self.bytes_fetched = 0
 
     @property
@@ -46,7 +49,9 @@ class HttpCheckpoint(Checkpoint):
         return response.text
 
     def header(self, file: str) -> dict[str, Any]:
-        """Fetch a shard's header."""
+        """Fetch a shard's header, once."""
+        if file in self._headers:
+            return self._headers[file]
         first, size = self._range(file, 0, HEADER_GUESS)
 
         def read(length: int) -> bytes:
@@ -57,6 +62,7 @@ class HttpCheckpoint(Checkpoint):
 
         header = parse_header(first[:8], read, size, f"{self.location}/{file}")
         self._starts[file] = 8 + int.from_bytes(first[:8], "little")
+        self._headers[file] = header
         return header
 
     def read_file(self, file: str, infos: dict[str, TensorInfo]) -> dict[str, Tensor]:

@@ -52,32 +52,37 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     layers: int
     fingerprint: str
     model: str
+    config: dict[str, Any]  # of the whole model: an architecture is checked with all its kinds of layers
 
 
 def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """Return the model's config as transformers reads it. Raises UnfitModel or ModelError."""
-    values = dict(checkpoint.config)
+    return parse_config(checkpoint.config, checkpoint.location)
+
+
+def parse_config(values: dict[str, Any], where: str) -> PretrainedConfig:
+    """Return the contents of a config.json as transformers' config. Raises UnfitModel or ModelError."""
     model_type = values.get("model_type")
     if not model_type:
-        raise ModelError(f"{checkpoint.location}/config.json names no model_type")
+        raise ModelError(f"{where}/config.json names no model_type")
     if model_type not in CONFIG_MAPPING:
         raise UnfitModel(
-            f"{checkpoint.location}: transformers has no architecture {model_type!r} of its own, and code that comes "
+            f"{where}: transformers has no architecture {model_type!r} of its own, and code that comes "
             "with a model is not run"
         )
     try:
-        config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(values)
+        config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(values))
     except Exception as error:  # each config class checks its values in its own way
-        raise ModelError(f"{checkpoint.location}/config.json is no {model_type!r} config: {error}") from error
+        raise ModelError(f"{where}/config.json is no {model_type!r} config: {error}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise UnfitModel(
-            f"{checkpoint.location}: {model_type} is an encoder-decoder; its decoder attends to the encoder's output "
+            f"{where}: {model_type} is an encoder-decoder; its decoder attends to the encoder's output "
             "in every layer, which one chain of spans cannot carry. Use a decoder-only or an encoder-only model"
         )
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
-        raise UnfitModel(f"{checkpoint.location}: the config of type {model_type!r} names no num_hidden_layers")
+        raise UnfitModel(f"{where}: the config of type {model_type!r} names no num_hidden_layers")
     if reason := family(str(model_type)).refuse:
-        raise UnfitModel(f"{checkpoint.location}: {model_type} cannot be cut exactly: {reason}")
+        raise UnfitModel(f"{where}: {model_type} cannot be cut exactly: {reason}")
     return config
 
 
@@ -93,10 +98,7 @@ def slice_config(
         if isinstance(first := getattr(out, key, None), int):
             setattr(out, key, sum(i < first for i in kept))
     if not embedding:
-        for key in (
-            "embedding_multiplier",
-            "scale_emb",
-        ):  # the model scales its input, which was scaled already
+        for key in ("embedding_multiplier", "scale_emb"):  # the model scales its input, which was scaled already
             if hasattr(out, key):
                 setattr(out, key, 1.0)
     out.num_hidden_layers = len(kept)
@@ -176,6 +178,7 @@ def write_slice(
         plan=plan.lines(),
         layers=plan.layers,
         fingerprint=fingerprint(checkpoint.config, checkpoint.files, digest or checkpoint.revision),
+        config=checkpoint.config,
         model=Path(checkpoint.location).name if isinstance(checkpoint, FolderCheckpoint) else checkpoint.location,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)

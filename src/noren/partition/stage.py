@@ -30,7 +30,7 @@ from noren.partition.blocks import (
 )
 from noren.partition.checkpoint import FolderCheckpoint
 from noren.partition.plan import Plan
-from noren.partition.slices import load_config, read_manifest, read_slice
+from noren.partition.slices import load_config, parse_config, read_manifest, read_slice
 from noren.partition.sources import open_checkpoint
 
 TASKS = ("causal-lm", "sequence-classification", "question-answering")
@@ -49,7 +49,8 @@ class Slice:
     plan: Plan
     party: str
     task: str
-    config: PretrainedConfig
+    whole: PretrainedConfig  # the whole model's
+    config: PretrainedConfig  # the slice's
     tensors: dict[str, Tensor]
     fingerprint: str
     location: str
@@ -68,12 +69,14 @@ def open_slice(model: str | Path, plan: Any, party: str | None, task: str) -> Sl
     folder = Path(checkpoint.location) if isinstance(checkpoint, FolderCheckpoint) else None
     manifest = read_manifest(folder) if folder else None
     if manifest is None:
-        cut = Plan.parse(plan, load_config(checkpoint).num_hidden_layers)
+        whole = load_config(checkpoint)
+        cut = Plan.parse(plan, whole.num_hidden_layers)
         party = party or cut.client
         cut.kept(party)
         config, tensors = read_slice(checkpoint, cut, party, task)
         mark = checkpoint.fingerprint
     else:
+        whole = parse_config(manifest.config, str(model))
         cut = Plan.parse(plan, manifest.layers)
         party = party or cut.client
         if (manifest.party, manifest.plan) != (party, cut.lines()):
@@ -88,7 +91,7 @@ def open_slice(model: str | Path, plan: Any, party: str | None, task: str) -> Sl
         )
     check_kinds(config, cut, party)
     return Slice(
-        plan=cut, party=party, task=task, config=config, tensors=tensors, fingerprint=mark,
+        plan=cut, party=party, task=task, whole=whole, config=config, tensors=tensors, fingerprint=mark,
         location=str(model), bytes_read=checkpoint.bytes_read,
         generation=checkpoint.text("generation_config.json") if cut.holds_embedding(party) else None,
     )  # fmt: skip
