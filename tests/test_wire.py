@@ -18,13 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import U_SHAPED, Parties, credentials
+from noren.adapters.lora import Lora
+from noren.config import Document
 from noren.errors import LinkError, NorenError, OverBudget, PeerError, ProtocolError, SessionLost
+from noren.parties.client import Client
 from noren.parties.server import Limits, SpanServer
 from noren.partition.stage import Stage
-from noren.types import Close, Done, Forward, Hello, Hidden, Message, Step, Update
+from noren.types import Backward, Close, Done, Forward, Hello, Hidden, Message, Step, Update
 from noren.wire.envelope import CHUNK, DTYPES, PREFIX, Incoming, decode, encode
 from noren.wire.grpc_link import METHOD, GrpcLink
 from noren.wire.grpc_server import GrpcServer
+from noren.wire.local import LocalLink
 
 
 def forward(tokens: int = 3, width: int = 48, **more: Any) -> Message:
@@ -207,6 +211,62 @@ def test_kept_graphs_have_a_budget(server: SpanServer) -> None:
         handler(forward(3000, lengths=[100] * 30, train=True))
 
 
+def test_graphs_that_nobody_comes_back_for_make_room(server: SpanServer) -> None:
+    handler = server.connect("a")
+    handler(hello(server))
+    for i in range(40):
+        handler(forward(60, session=f"g{i}", lengths=[20] * 3, train=True))
+    trainer = server._runs["a", "r"].trainer
+    assert 0 < trainer.nbytes <= server.limits.graph_bytes
+    gradient = Message(Backward(session="g0"), {"gradient": torch.zeros(60, 48)})
+    with pytest.raises(SessionLost, match="repeat the step"):
+        handler(gradient)
+    handler(Message(Backward(session="g39"), gradient.tensors))
+
+
+def test_what_a_server_sends_back_is_checked(local_parties: Parties, llama_folder: Path) -> None:
+    client = local_parties.client(llama_folder)
+    ids, ask = torch.ones(2, 5, dtype=torch.long), client.span.handler
+    bad = {
+        "of another shape": torch.zeros(9, 48),
+        "of another width": torch.zeros(10, 47),
+        "of another type": torch.zeros(10, 48).half(),
+        "not finite": torch.full((10, 48), float("inf")),
+    }
+    for what, tensor in bad.items():
+        client.span.handler = lambda message, tensor=tensor: Message(Hidden(), {"hidden": tensor})
+        with pytest.raises(ProtocolError, match="the peer sent back"), torch.no_grad():
+            client.model(ids)
+        assert what
+    client.span.handler = ask
+    assert client.model(ids).logits.shape == (2, 5, 128)
+
+
+def test_two_clients_behind_one_edge_stay_apart(keys: Path, llama_folder: Path) -> None:
+    """The edge is one owner at the server; its clients' runs must not become one there."""
+    plan = ["client :2", "edge 2:4", "server 4:-2", "client -2:"]
+    lora = Lora(r=4, targets=["q_proj"])
+    last = SpanServer(Stage.load(llama_folder, plan, "server", "causal-lm"), lora=lora)
+    edge = SpanServer(
+        Stage.load(llama_folder, plan, "edge", "causal-lm"), lora=lora,
+        following=lambda greet, greeted: LocalLink(last.connect("edge")),
+    )  # fmt: skip
+    document = Document.of(
+        {"model": str(llama_folder), "plan": plan, "adapter": {"r": 4, "targets": ["q_proj"]}}, Path.cwd()
+    )
+    clients = [Client(document, edge.connect(name)) for name in ("a", "b")]
+    assert len(edge._runs) == 2 and len(last._runs) == 2
+    model = clients[0].model
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(torch.ones(1, 6, dtype=torch.long), labels=torch.ones(1, 6, dtype=torch.long)).loss.backward()
+    optimizer.step()
+    clients[0].span.flush()
+    assert [run.trainer.step for run in last._runs.values()] == [1, 0]
+    for client in clients:
+        client.close()
+    assert not last._runs
+
+
 def test_runs_are_limited_and_closed(server: SpanServer) -> None:
     handlers = [server.connect("a") for _ in range(3)]
     handlers[0](hello(server, "one")), handlers[1](hello(server, "two"))
@@ -218,7 +278,7 @@ def test_runs_are_limited_and_closed(server: SpanServer) -> None:
 
 def test_sessions_and_runs_expire(llama_folder: Path) -> None:
     now = [0.0]
-    limits = Limits(session_seconds=10, run_seconds=100)
+    limits = Limits(session_seconds=10, run_seconds=100, grace_seconds=5)
     server = SpanServer(Stage.load(llama_folder, U_SHAPED, "server", "causal-lm"), limits=limits, clock=lambda: now[0])
     handler = server.connect("a")
     handler(hello(server))
@@ -229,6 +289,19 @@ def test_sessions_and_runs_expire(llama_folder: Path) -> None:
     with pytest.raises(SessionLost):
         handler(forward(1, start=3))
     handler.disconnect()
+    handler = server.connect("a")
+    handler(hello(server))
+    handler(forward())
+    handler(forward(session="graph", train=True))
+    trainer = server._runs["a", "r"].trainer
+    handler.disconnect()
+    now[0] = 16
+    server.expire()
+    assert len(server.sessions) == 1 and trainer.nbytes, "a client may come back"
+    now[0] = 16.5
+    server.expire()
+    assert not len(server.sessions) and not trainer.nbytes, "but its sessions end with it"
+    assert server._runs
     now[0] = 100
     server.expire()
     assert server._runs
@@ -373,8 +446,6 @@ def test_the_owner_is_the_certificates_name(keys: Path) -> None:
 
 def test_generation_survives_a_new_server(keys: Path, llama_folder: Path, whole: Any) -> None:
     """In one process: the server is stopped after some tokens, and a fresh one takes its port."""
-    from noren.config import Document
-    from noren.parties.client import Client
 
     def start(address: str) -> GrpcServer:
         stage = Stage.load(llama_folder, U_SHAPED, "server", "causal-lm")

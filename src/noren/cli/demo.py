@@ -24,6 +24,7 @@ from noren.errors import ConfigError, NorenError
 
 if TYPE_CHECKING:
     from noren.config import Document
+    from noren.training.examples import Example
 
 CLIENTS = ("clinic", "desk")
 NOTES, NOTES_SEED = 300, 7
@@ -96,18 +97,17 @@ class Demo:
         if data is None:
             from noren.embedded.notes import notes
 
-            shares = {name: [note.text for note in notes(name, NOTES, NOTES_SEED)] for name in CLIENTS}
+            shares = {name: [{"text": n.text} for n in notes(name, NOTES, NOTES_SEED)] for name in CLIENTS}
         else:
             from noren.training.data import Data, read_examples
 
-            examples = [
-                e.text for e in read_examples(Data(path=str(data.resolve()), holdout=0), "causal-lm", Path())[0]
-            ]
+            place = str(data.resolve()) if data.exists() else str(data)
+            examples = read_examples(Data(path=place, holdout=0), "causal-lm", Path.cwd())[0]
             if len(examples) < 4:
                 raise ConfigError(f"{data}: {len(examples)} examples; two clients need at least 4")
-            shares = {name: examples[i::2] for i, name in enumerate(CLIENTS)}
-        for name, texts in shares.items():
-            lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+            shares = {name: [_record(e) for e in examples[i::2]] for i, name in enumerate(CLIENTS)}
+        for name, records in shares.items():
+            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             (self.out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
     def _check(self, model: str) -> int:
@@ -268,6 +268,15 @@ _PRIVATE = ("embedding", "final norm", "head", "labels", "loss")
 _ABSENT = ("token ids", "labels", "logits", "attention masks", "position ids", "padding")
 
 
+def _record(example: Example) -> dict[str, Any]:
+    """Return an example as a line of jsonl that is read back as the same example."""
+    if example.messages:
+        return {"messages": [{"role": role, "content": content} for role, content in example.messages]}
+    if example.prompt is not None:
+        return {"prompt": example.prompt, "response": example.text}
+    return {"text": example.text}
+
+
 def _start(arguments: list[str], log: Path) -> subprocess.Popen[str]:
     """Start a Python process whose stdout is read, whose stderr goes to a log, with one compute thread."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -319,6 +328,7 @@ def _tell(run: Demo, result: Any) -> None:
         if result.absent
         else "CHECK THE REPORT: something crossed that may not"
     )
-    say(found + "; no guard was active, so a server that knows the base model can read much from them")
+    say(found)
+    say("no guard was active: a server that knows the base model can read much from hidden states")
     say(f"adapters (PEFT): {', '.join(c.adapter for c in result.clients)}")
     say(f"report: {run.out / 'report.html'}  ({result.seconds:.0f} s in all)")

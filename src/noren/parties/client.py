@@ -234,8 +234,8 @@ class Client:
         """Write the adapters of all parties as one PEFT folder for the whole model."""
         if self.lora is None:
             raise ConfigError("this run has no [adapter], so there is nothing to save")
-        base = self.document.run.model
-        peft_folder.save_folder(folder, self.adapter_state(), self.lora, task=self.document.run.task, base=base)
+        task, base = self.document.run.task, self.part.location
+        peft_folder.save_folder(folder, self.adapter_state(), self.lora, task=task, base=base)
         return folder
 
     def load_adapter(self, folder: Path) -> None:

@@ -50,6 +50,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     graph_bytes: int = 4 << 30  # activations kept for backward passes
     runs: int = 4  # adapters held at once
     session_seconds: float = 600.0  # an unused session ends after this
+    grace_seconds: float = 30.0  # sessions and kept activations of a client whose connection has ended
     run_seconds: float = 3600.0  # a run whose client is gone ends after this
 
 
@@ -103,9 +104,13 @@ class SpanServer:
         """End sessions and runs whose clients have gone."""
         with self.lock:
             self.sessions.expire()
-            oldest = self._clock() - self.limits.run_seconds
-            for key in [k for k, run in self._runs.items() if not run.connections and run.left < oldest]:
-                self._drop(key)
+            now = self._clock()
+            for key, run in [(k, run) for k, run in self._runs.items() if not run.connections]:
+                if run.left < now - self.limits.grace_seconds:
+                    self.sessions.end(*key)
+                    run.trainer.forget_graphs()
+                if run.left < now - self.limits.run_seconds:
+                    self._drop(key)
 
     def open_run(self, owner: str, hello: Hello) -> Run:
         """Return the owner's run of that name, new or as it was left. Raises HandshakeRefused, OverBudget."""

@@ -191,7 +191,7 @@ class RemoteSpan(nn.Module):
             keep = call.keep if bool(real[:, -call.keep :].any(0).all()) else 0
             more = {"positions": call.positions, "keep": keep}
             if layer is None:
-                out = self._send(self._forward_message(packed, real, "", 0, **more))
+                out = self._send(self._forward_message(packed, real, "", 0, **more), int(real[:, -keep:].sum()))
             else:
                 out = self._cached(layer, hidden_states, packed, real, more)
         return self._answer(out, hidden_states, real, keep)
@@ -231,8 +231,8 @@ class RemoteSpan(nn.Module):
         )
         return Message(meta, {"hidden": packed.detach()})
 
-    def _send(self, message: Message) -> Tensor:
-        """Send a Forward and return the packed hidden states [N', d] that come back."""
+    def _send(self, message: Message, rows: int) -> Tensor:
+        """Send a Forward and return what comes back, packed: [N', d] with N' = `rows`, or one row a sequence."""
         reply = self.handler(message)
         if not isinstance(reply.meta, Hidden) or "hidden" not in reply.tensors:
             raise ProtocolError(f"the peer answered a forward with {reply.kind!r}")
@@ -240,22 +240,26 @@ class RemoteSpan(nn.Module):
         self.steps.sent(message.meta.update)
         del self.ended[: len(message.meta.ended)]
         self._per_token = not reply.meta.per_sequence
-        return reply.tensors["hidden"].to(message.tensors["hidden"].device)
+        sent, hidden = message.tensors["hidden"], reply.tensors["hidden"]
+        width = sent.shape[1] if not self.answers_head else hidden.shape[-1]
+        _check_answer(hidden, sent.dtype, (rows if self._per_token else len(message.meta.lengths), width))
+        return hidden.to(sent.device)
 
     def _cached(self, layer: RemoteLayer, states: Tensor, packed: Tensor, real: Tensor, more: dict[str, Any]) -> Tensor:
         """A step of a session. A server that lost the session gets all of it again."""
         start = sum(layer.columns)
         rows = layer.rows.tolist() if layer.rows is not None and start else None
         self._note(layer, states, real)
+        wanted = int(real[:, -more["keep"] :].sum())
         try:
-            return self._send(self._forward_message(packed, real, layer.session, start, rows=rows, **more))
+            return self._send(self._forward_message(packed, real, layer.session, start, rows=rows, **more), wanted)
         except SessionLost:
             if not start:
                 raise
             self.replays += 1
             sent, every = layer.history.all()
             more["keep"] = more["keep"] or int(real.any(0).sum())
-            return self._send(self._forward_message(pack(sent, every), every, layer.session, 0, **more))
+            return self._send(self._forward_message(pack(sent, every), every, layer.session, 0, **more), wanted)
         except NorenError:
             layer.crop(real.shape[1])
             raise
@@ -296,6 +300,20 @@ def padding_side(real: Tensor) -> Any:
     )
 
 
+def _check_answer(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise ProtocolError unless what a peer sent back is of the right type and shape, and finite."""
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise ProtocolError(
+            f"the peer sent back {list(tensor.shape)} of {tensor.dtype}, expected {list(shape)} of {dtype}"
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise ProtocolError("the peer sent back values that are not finite; lower the learning rate or use fp32")
+
+
+class _Graph:
+    """Lives as long as the client's graph of one forward pass."""
+
+
 class _Crossing(torch.autograd.Function):
     """Packed hidden states [N, d] through the remote layers, with gradients."""
 
@@ -303,10 +321,12 @@ class _Crossing(torch.autograd.Function):
     def forward(
         ctx: Any, packed: Tensor, handle: Tensor | None, span: RemoteSpan, real: Tensor, positions: str
     ) -> Tensor:
-        ctx.span, ctx.session = span, uuid.uuid4().hex
+        ctx.span, ctx.session, ctx.graph = span, uuid.uuid4().hex, _Graph()
+        weakref.finalize(ctx.graph, span.ended.append, ctx.session)  # the server may forget its part of the graph, too
+        ctx.shape, ctx.dtype = tuple(packed.shape), packed.dtype
         more = {"positions": positions, "train": True, "dropout": span.training}
         message = span._forward_message(packed, real, ctx.session, 0, **more)
-        return span._send(message)
+        return span._send(message, len(packed))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
@@ -315,6 +335,7 @@ class _Crossing(torch.autograd.Function):
         reply = span.handler(message)
         if not isinstance(reply.meta, Gradient) or "gradient" not in reply.tensors:
             raise ProtocolError(f"the peer answered a backward with {reply.kind!r}")
+        _check_answer(reply.tensors["gradient"], ctx.dtype, ctx.shape)
         handle = span.lora_remote
         norm = None if handle is None else span.steps.accumulated(reply.meta.square_norm)
         return reply.tensors["gradient"].to(gradients[0].device), norm, None, None, None

@@ -68,6 +68,7 @@ def open_slice(model: str | Path, plan: Any, party: str | None, task: str) -> Sl
     checkpoint = open_checkpoint(model)
     folder = Path(checkpoint.location) if isinstance(checkpoint, FolderCheckpoint) else None
     manifest = read_manifest(folder) if folder else None
+    name = manifest.model if manifest else checkpoint.location
     if manifest is None:
         whole = load_config(checkpoint)
         cut = Plan.parse(plan, whole.num_hidden_layers)
@@ -92,7 +93,7 @@ def open_slice(model: str | Path, plan: Any, party: str | None, task: str) -> Sl
     check_kinds(config, cut, party)
     return Slice(
         plan=cut, party=party, task=task, whole=whole, config=config, tensors=tensors, fingerprint=mark,
-        location=str(model), bytes_read=checkpoint.bytes_read,
+        location=name, bytes_read=checkpoint.bytes_read,
         generation=checkpoint.text("generation_config.json") if cut.holds_embedding(party) else None,
     )  # fmt: skip
 

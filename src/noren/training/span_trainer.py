@@ -73,10 +73,12 @@ class SpanTrainer:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             out: Tensor = self._stage(frame.padded(), frame.real, positions=frame.positions)
             packed = out if out.dim() == 2 else frame.packed(out)
-        if self.nbytes + count.total > self._max_bytes:
+        while self._graphs and self.nbytes + count.total > self._max_bytes:
+            del self._graphs[next(iter(self._graphs))]  # the oldest; most likely its backward will never come
+        if count.total > self._max_bytes:
             raise OverBudget(
-                f"this batch keeps {count.total} bytes for its backward, {self.nbytes} are kept already and the limit "
-                f"is {self._max_bytes}; use a smaller batch"
+                f"this batch keeps {count.total} bytes for its backward, the limit is {self._max_bytes}; use a smaller "
+                "batch"
             )
         self._graphs[session] = Graph(frame.hidden, packed, count.total)
         return out.detach()
@@ -130,6 +132,7 @@ class SpanTrainer:
         if optimizer is not None:
             optimizer.step()
         self._zero()
+        self._graphs.clear()  # they belong to the weights before the step
         self._replies.clear()
         self.step = update.step
 
@@ -197,6 +200,10 @@ class SpanTrainer:
         self._graphs.clear()
         self._replies.clear()
         self._zero()
+
+    def forget_graphs(self) -> None:
+        """Drop all kept graphs; adapter, gradients and optimiser stay."""
+        self._graphs.clear()
 
     def close(self) -> None:
         """Take the run's adapter out of the stage."""
