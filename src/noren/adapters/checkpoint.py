@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -30,16 +30,18 @@ TASK_TYPES = {
 }
 
 
-def save_folder(folder: Path, state: Mapping[str, Tensor], lora: Lora, *, task: str, base: str) -> None:
+def save_folder(
+    folder: Path, state: Mapping[str, Tensor], lora: Lora, *, task: str, base: str, heads: Collection[str] = ()
+) -> None:
     """Write a PEFT folder, which appears whole or not at all; an older one of the same place is replaced.
 
     `state`: tensors under the whole model's names, of all parties. `base`: what PEFT shall note as the base model.
+    `heads`: modules of which `state` holds whole copies (a trained classifier).
     """
     from peft import LoraConfig
 
     modules = sorted({name.split(".lora_")[0] for name in state if ".lora_" in name})
     ranks = {name.split(".lora_")[0]: t.shape[0] for name, t in state.items() if ".lora_A" in name}
-    heads = sorted({_module(name) for name in state if ".lora_" not in name})
     odd = {name: rank for name, rank in ranks.items() if rank != lora.r}
     config = LoraConfig(
         r=lora.r,
@@ -48,7 +50,7 @@ def save_folder(folder: Path, state: Mapping[str, Tensor], lora: Lora, *, task: 
         target_modules=modules,
         rank_pattern=odd,
         alpha_pattern={name: lora.alpha * rank / lora.r for name, rank in odd.items()},
-        modules_to_save=heads or None,
+        modules_to_save=sorted(heads) or None,
         task_type=TASK_TYPES[task],
         base_model_name_or_path=base,
         inference_mode=True,
@@ -61,10 +63,6 @@ def save_folder(folder: Path, state: Mapping[str, Tensor], lora: Lora, *, task: 
         (draft / CONFIG).write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
         tensors = {f"{PREFIX}{name}": t.contiguous().cpu() for name, t in state.items()}
         save_file(tensors, draft / TENSORS, metadata={"format": "pt"})
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def load_folder(folder: Path) -> dict[str, Tensor]:

@@ -7,8 +7,9 @@ PEFT's adapter name: `model.layers.3.self_attn.q_proj.lora_A.weight`.
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import msgspec
@@ -73,7 +74,7 @@ def inject(
     model_type: str,
     adapter: str,
     seed: int,
-    heads: Iterable[str] = (),
+    heads: Collection[str] = (),
 ) -> list[nn.Parameter]:
     """Put a fresh adapter named `adapter` into `model`; returns its parameters (fp32, trainable).
 
@@ -89,10 +90,12 @@ def inject(
         lora_dropout=lora.dropout,
         target_modules=targets_for(lora, model_type),
         modules_to_save=sorted(heads) or None,
+        exclude_modules=rf"(.*\.)?({'|'.join(map(re.escape, sorted(heads)))})(\..*)?" if heads else None,
         bias="none",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # many adapters is what we want
+        warnings.filterwarnings("ignore", message="target_parameters=")  # PEFT's own, for experts that are elsewhere
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT sets it right for GPT-2 by itself
         torch.manual_seed(seed)
         try:

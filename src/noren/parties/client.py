@@ -23,6 +23,7 @@ from noren.config import Document
 from noren.errors import ConfigError, LinkError, ModelError, PeerError, ProtocolError, SessionLost
 from noren.parties import fitness
 from noren.parties.labels import set_labels
+from noren.partition.blocks import tail_module
 from noren.partition.client import build_client, remote_span, whole_name
 from noren.partition.remote import RemoteSpan
 from noren.partition.stage import Slice, new_heads, open_slice
@@ -235,7 +236,9 @@ class Client:
         if self.lora is None:
             raise ConfigError("this run has no [adapter], so there is nothing to save")
         task, base = self.document.run.task, self.part.location
-        peft_folder.save_folder(folder, self.adapter_state(), self.lora, task=task, base=base)
+        state = self.adapter_state()
+        heads = {tail_module(name) for name in state if ".lora_" not in name}
+        peft_folder.save_folder(folder, state, self.lora, task=task, base=base, heads=heads)
         return folder
 
     def load_adapter(self, folder: Path) -> None:

@@ -218,6 +218,7 @@ class Stage(nn.Module):
     def __init__(self, part: Slice, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype  # of the base weights, and of what crosses
+        self.in_use: tuple[str | None, bool] | None = None  # the adapter that acts, and whether dropouts are on
         self.plan, self.party, self.task, self.fingerprint = (
             part.plan,
             part.party,

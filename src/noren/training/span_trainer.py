@@ -39,6 +39,7 @@ class SpanTrainer:
         self._stage, self.adapter, self._max_bytes = stage, adapter, max_bytes
         self.parameters: list[nn.Parameter] = []
         if lora is not None and lora.trained_by(stage.party):
+            stage.in_use = None  # a new adapter is active until another is chosen
             self.parameters = adapters.inject(
                 stage.model, lora, stage.party, stage.config.model_type, adapter, seed, stage.new_heads
             )
@@ -59,9 +60,12 @@ class SpanTrainer:
         return sum(graph.nbytes for graph in self._graphs.values())
 
     def use(self, *, dropout: bool) -> None:
-        """Make this run's adapter the one that acts in the shared stage."""
-        adapters.activate(self._stage.model, self.adapter if self.parameters else None)
-        self._stage.train(dropout)
+        """Make this run's adapter the one that acts in the shared stage, unless it is already."""
+        wanted = (self.adapter if self.parameters else None, dropout)
+        if self._stage.in_use != wanted:
+            adapters.activate(self._stage.model, wanted[0])
+            self._stage.train(dropout)
+            self._stage.in_use = wanted
 
     def forward(self, session: str, frame: Frame, *, dropout: bool) -> Tensor:
         """Run the stage, keep the graph; returns the padded output, detached."""
@@ -210,6 +214,7 @@ class SpanTrainer:
         self.forget()
         if self.parameters:
             adapters.remove(self._stage.model, self.adapter)
+            self._stage.in_use = None
 
 
 class _SavedBytes:
