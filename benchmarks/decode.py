@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import rig
+import _rig as rig
 import torch
 from transformers import AutoModelForCausalLM
 
