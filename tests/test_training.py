@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from transformers import Trainer as HFTrainer
 
 from conftest import PLANS, Parties
 from noren.adapters.checkpoint import load_folder, same_values
-from noren.errors import ConfigError, SessionLost
+from noren.errors import ConfigError, ProtocolError, SessionLost
 from noren.parties.client import Client
 from noren.training.batches import collate
 from noren.training.loop import Trainer, Training
+from noren.types import Close, Message
 from test_crossing import ADAPTER, rows
 
 ROUNDING = 5e-6
@@ -232,3 +234,93 @@ def test_bf16_keeps_fp32_masters(local_parties: Parties, llama_folder: Path) -> 
     state = client.adapter_state()
     assert {t.dtype for t in state.values()} == {torch.float32}
     assert all(m.tensors["hidden"].dtype == torch.bfloat16 for m in local_parties.seen if m.kind == "forward")
+
+
+def test_gradients_cleared_between_forward_and_backward(
+    local_parties: Parties, llama_folder: Path, tmp_path: Path
+) -> None:
+    """The loop `loss = model(x); zero_grad(); loss.backward()`, in which one batch was skipped before."""
+    client = local_parties.client(llama_folder, adapter=ADAPTER)
+    twin = whole_twin(client, llama_folder, tmp_path / "initial")
+    for model in (client.model, twin):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        for step, part in enumerate((rows()[:3], rows()[3:])):
+            loss = model(**collate(part, 0)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            if step:
+                optimizer.step()
+    assert largest_difference(client, twin) <= ROUNDING
+
+
+def test_a_second_backward_over_one_forward_is_refused(local_parties: Parties, llama_folder: Path) -> None:
+    client = local_parties.client(llama_folder, adapter=ADAPTER)
+    loss = client.model(**collate(rows(), 0)).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(ProtocolError, match="a second backward over one forward pass does not cross the cut"):
+        loss.backward()
+
+
+def test_a_run_closed_elsewhere_is_not_trained_on(local_parties: Parties, llama_folder: Path) -> None:
+    """The same owner starts the same run again: the first one must not go on with the base model alone."""
+    client = local_parties.client(llama_folder, adapter=ADAPTER)
+    trainer = Trainer(client.model, rows(), [], Training(steps=5), pad_id=0, seed=3, remote=client.remote())
+    trainer.step([rows()])
+    trainer.step([rows()])
+    second = local_parties.servers["server"].connect("client")
+    second(client.hello())
+    second(Message(Close()))
+    with pytest.raises(SessionLost):
+        trainer.step([rows()])
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [({"alpha": 64}, "alpha = 16"), ({"targets": ["q_proj"]}, "v_proj"), ({"parties": ["client"]}, "layers.[2-5]")],
+)
+def test_a_folder_made_otherwise_is_refused(
+    change: dict[str, Any], phrase: str, local_parties: Parties, llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = local_parties.client(llama_folder, adapter=ADAPTER).save_adapter(tmp_path / "adapter")
+    other = local_parties.client(llama_folder, adapter=ADAPTER | change, name="other")
+    with pytest.raises(ConfigError, match=phrase):
+        other.load_adapter(folder)
+
+
+def test_accumulated_gradients_do_not_survive_a_restart_unnoticed(
+    local_parties: Parties, llama_folder: Path, tmp_path: Path
+) -> None:
+    """After `load_adapter` the state could be pushed again, but not the gradients of a step under way."""
+    client = local_parties.client(llama_folder, adapter=ADAPTER)
+    client.load_adapter(client.save_adapter(tmp_path / "adapter"))
+    client.model.train()
+    client.model(**collate(rows()[:3], 0)).loss.backward()
+    server = local_parties.servers["server"]
+    for owner, name in list(server._runs):
+        server.close_run(owner, name)
+    client.link._handler = server.connect("client")  # type: ignore[union-attr]
+    with pytest.raises(SessionLost, match="noren train --resume"):
+        client._reconnected(client.link(client.hello()))
+
+
+def test_groups_of_different_rates_are_refused(local_parties: Parties, llama_folder: Path) -> None:
+    client = local_parties.client(llama_folder, adapter=ADAPTER)
+    parameters = [p for p in client.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": parameters[:2], "lr": 1e-3}, {"params": parameters[2:], "lr": 1e-2}])
+    client.model(**collate(rows(), 0)).loss.backward()
+    with pytest.raises(ConfigError, match="different learning rates"):
+        optimizer.step()
+
+
+def test_a_closed_model_stays_closed(parties: Parties, llama_folder: Path) -> None:
+    client = parties.client(llama_folder)
+    client.close()
+    with pytest.raises(ConfigError, match="was closed"):
+        client.model(torch.ones(1, 3, dtype=torch.long))
+    assert not parties.servers["server"]._runs
+
+
+def test_what_the_remote_layers_keep_is_not_promised(local_parties: Parties, llama_folder: Path) -> None:
+    client = local_parties.client(llama_folder)
+    with pytest.raises(ProtocolError, match="output_hidden_states"):
+        client.model(torch.ones(1, 3, dtype=torch.long), output_hidden_states=True)

@@ -56,6 +56,15 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name):
             raise ValueError(f"name {self.name!r} must be 1 to 64 letters, digits, '.', '_' or '-'")
+        parties = {line.split()[0] for line in self.plan if line.split()}
+        adapter = self.adapter or Lora()
+        for where, named in (
+            ("links", self.links),
+            ("adapter.parties", adapter.parties),
+            ("adapter.rank_of", adapter.rank_of),
+        ):
+            if unknown := sorted(set(named) - parties):
+                raise ValueError(f"{where} names {unknown[0]!r}; the plan's parties are {', '.join(sorted(parties))}")
 
 
 class Document:

@@ -85,8 +85,6 @@ def to_wire(error: BaseException) -> tuple[str, str]:
     for code, cls in WIRE_CODES.items():
         if type(error) is cls:
             return code, str(error)
-    if isinstance(error, ConfigError | ModelError) and not isinstance(error, DataError):
-        return "refused", str(error)
     if isinstance(error, LinkError):
         return "refused", f"the next party cannot be reached: {error}"
     return "refused", f"internal error ({type(error).__name__}); the peer's log has the details"

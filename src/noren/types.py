@@ -13,13 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
 if TYPE_CHECKING:
     import torch
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Beta = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+Amount = Annotated[float, msgspec.Meta(ge=0)]
 PROTOCOL = 1
 """Version of the protocol; both ends must have the same."""
 
@@ -54,11 +57,11 @@ class Optimizer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The settings of one optimiser step, as the client's own optimiser had them at that step."""
 
     name: Literal["adamw", "adam", "sgd"]
-    lr: float
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    momentum: float = 0.0
+    lr: Amount
+    weight_decay: Amount = 0.0
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Amount = 1e-8
+    momentum: Amount = 0.0
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,8 +71,8 @@ class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Applied once: a repeated `step` is acknowledged without effect. `optimizer` None drops the gradients instead.
     """
 
-    step: int
-    scale: float
+    step: Count
+    scale: Amount
     optimizer: Optimizer | None
 
 
@@ -80,12 +83,12 @@ class Forward(Meta, frozen=True, kw_only=True, tag="forward"):
     """
 
     session: str
-    start: int  # columns of this session that the server must already hold; 0 begins (or replays) it
-    lengths: list[int]  # real tokens of each sequence in this message; B entries, summing to N
+    start: Count  # columns of this session that the server must already hold; 0 begins (or replays) it
+    lengths: list[Count]  # real tokens of each sequence in this message; B entries, summing to N
     padding: Literal["left", "right"]  # where the pads of the ragged batch were
     positions: Literal["row", "column"] = "row"  # do positions count from a row's first token or the first column?
-    rows: list[int] | None = None  # first reorder the session's sequences so (beam search), B entries
-    keep: int = 0  # only the last `keep` columns are wanted back; 0 means all
+    rows: list[Count] | None = None  # first reorder the session's sequences so (beam search), B entries
+    keep: Count = 0  # only the last `keep` columns are wanted back; 0 means all
     train: bool = False  # keep the graph for a `Backward` of the same session; no cache
     dropout: bool = False  # the client's model is in training mode: the stage's dropouts are on
     update: Update | None = None
@@ -105,6 +108,7 @@ class Backward(Meta, frozen=True, kw_only=True, tag="backward"):
     """Gradient of the loss with respect to `Hidden.hidden`: tensor `gradient` of its shape. Answer: `Gradient`."""
 
     session: str
+    discard: bool = False  # first drop what was accumulated: the client cleared its gradients without a step
 
 
 class Gradient(Meta, frozen=True, kw_only=True, tag="gradient"):
@@ -113,7 +117,7 @@ class Gradient(Meta, frozen=True, kw_only=True, tag="gradient"):
     `square_norm` is the squared L2 norm of the gradients accumulated in all remote stages since the last step.
     """
 
-    square_norm: float
+    square_norm: Amount
 
 
 class Step(Meta, frozen=True, kw_only=True, tag="step"):
@@ -131,7 +135,7 @@ class Pull(Meta, frozen=True, kw_only=True, tag="pull"):
 class Push(Meta, frozen=True, kw_only=True, tag="push"):
     """Set the remote adapters (and optimiser, if the tensors hold it), as `Pull` gave them. Answer: `Done`."""
 
-    step: int
+    step: Count
 
 
 class State(Meta, frozen=True, kw_only=True, tag="state"):

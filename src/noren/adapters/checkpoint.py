@@ -85,6 +85,8 @@ def load_settings(folder: Path) -> Lora:
         config = json.loads((folder / CONFIG).read_text())
         if config["peft_type"] != "LORA":
             raise ModelError(f"{folder}: a {config['peft_type']} adapter; only LoRA can be loaded across a cut")
+        if config.get("use_dora") or config.get("use_rslora"):
+            raise ModelError(f"{folder}: DoRA and rank-stabilised LoRA cannot be loaded across a cut")
         return Lora(r=config["r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"])
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}/{CONFIG} cannot be read as a PEFT config: {error!r}") from error

@@ -7,6 +7,7 @@ PEFT's adapter name: `model.layers.3.self_attn.q_proj.lora_A.weight`.
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Collection
@@ -16,7 +17,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from noren.errors import ConfigError, ProtocolError
+from noren.errors import ConfigError, ProtocolError, SessionLost
 
 Rename = Callable[[str], str]
 """Translates a parameter's name in a party's model to its name in the whole model."""
@@ -37,8 +38,8 @@ class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError("adapter: r and every rank_of must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"adapter: dropout {self.dropout} must be at least 0 and below 1")
-        if self.alpha <= 0:
-            raise ValueError(f"adapter: alpha {self.alpha} must be above 0")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"adapter: alpha {self.alpha} must be above 0, and finite")
 
     def trained_by(self, party: str) -> bool:
         """Whether `party` trains an adapter."""
@@ -148,8 +149,11 @@ def _has(layer: Any, adapter: str) -> bool:
 
 
 def activate(model: nn.Module, adapter: str | None) -> None:
-    """Make `adapter` the one that acts and is trained; None: the base model alone."""
-    for layer in adapter_layers(model):
+    """Make `adapter` the one that acts and is trained; None: the base model alone. Raises SessionLost if it is gone."""
+    layers = adapter_layers(model)
+    if adapter is not None and not any(_has(layer, adapter) for layer in layers):
+        raise SessionLost("this run's adapter is not here any more")
+    for layer in layers:
         if adapter is None or not _has(layer, adapter):
             layer.enable_adapters(False)
         else:
@@ -189,6 +193,8 @@ def load_state(model: nn.Module, adapter: str, rename: Rename, state: dict[str, 
             raise ProtocolError(
                 f"adapter tensor {name!r} has shape {list(state[name].shape)}, expected {list(parameter.shape)}"
             )
+        if not bool(torch.isfinite(state[name]).all()):
+            raise ProtocolError(f"adapter tensor {name!r} holds values that are not finite")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])

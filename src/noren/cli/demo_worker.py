@@ -22,7 +22,7 @@ from noren.metrics import peak_memory
 from noren.parties.client import Client
 from noren.parties.train import MeasuredTrainer, Prepared, load_tokenizer, prepare
 from noren.training.loop import Outcome, Progress, Trainer
-from noren.types import Forward, Message
+from noren.types import Forward, Message, guarded
 
 NEW_TOKENS = 60
 SAMPLES = 2
@@ -97,8 +97,8 @@ def client(document: Document) -> dict[str, Any]:
     tokenizer = load_tokenizer(document.model)
     prepared = prepare(document, tokenizer)
     party = Client(document)
-    watch, ask = Watch(int(party.hf.config.hidden_size)), party.span.handler
-    party.span.handler = lambda message: watch(message, ask)
+    watch = Watch(int(party.hf.config.hidden_size))
+    party.span.handler = guarded(party.span.handler, watch)
     try:
         party.save_adapter(document.out / "initial")
         before = samples(party.model.eval(), tokenizer, prepared)

@@ -61,6 +61,8 @@ class Sessions:
         Raises SessionLost if the session cannot be put at `start`, OverBudget if the owner holds too much.
         """
         self.expire()
+        if rows is not None and len(rows) != len(frame.lengths):
+            raise ProtocolError(f"rows name {len(rows)} sequences, the step has {len(frame.lengths)}")
         session = self._begin(frame) if start == 0 else self._resume(key, start, rows)
         if len(session.mask) != len(frame.lengths):
             self._sessions.pop(key, None)

@@ -9,6 +9,7 @@ import json
 import logging
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from noren.partition.client import build_client, remote_span, whole_name
 from noren.partition.remote import RemoteSpan
 from noren.partition.stage import Slice, new_heads, open_slice
 from noren.training.loop import Remote
-from noren.types import PROTOCOL, Done, Handler, Hello, Message, Pull, Push, State, Welcome
+from noren.types import PROTOCOL, Close, Done, Handler, Hello, Message, Pull, Push, State, Welcome
 from noren.wire.grpc_link import GrpcLink
 from noren.wire.identity import Credentials
 from noren.wire.local import LocalLink
@@ -119,9 +120,19 @@ class Client:
             set_labels(self.part, labels, pad_id)
         self._closed = False
         self._pushed: tuple[dict[str, Tensor], int] | None = None
+        device = pick_device(run.device)
         self.link = self._connect(handler)
         self.welcome = self._greet()
-        self.hf = build_client(self.part, self.ask, getattr(torch, run.dtype), run.seed).to(pick_device(run.device))
+        try:
+            self._build(device)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _build(self, device: torch.device) -> None:
+        """Build the model around the connection."""
+        run = self.document.run
+        self.hf = build_client(self.part, self.ask, getattr(torch, run.dtype), run.seed).to(device)
         self.span: RemoteSpan = remote_span(self.hf)
         if self.lora is not None:
             self._add_adapters(self.lora)
@@ -129,6 +140,12 @@ class Client:
             self.hf.requires_grad_(False)
         self.hf.__class__ = type(type(self.hf).__name__, (Closing, type(self.hf)), {"client": self})
         self.model: Any = self.hf
+
+    def _abandon(self) -> None:
+        """Leave nothing at the server of a client that could not be built."""
+        with suppress(LinkError, PeerError):
+            self.link(Message(Close()))
+        self.link.close()
 
     def _connect(self, handler: Handler | None) -> GrpcLink | LocalLink:
         if handler is not None:
@@ -164,6 +181,8 @@ class Client:
 
     def ask(self, message: Message) -> Message:
         """The Handler of the client's model: the link, and what to do when a party beyond it lost the run's state."""
+        if self._closed:
+            raise ConfigError("this model was closed; load it again")
         try:
             return self.link(message)
         except SessionLost:
@@ -177,10 +196,11 @@ class Client:
         assert isinstance(welcome, Welcome)
         if welcome.incarnation == self.welcome.incarnation:
             return ()
-        if self._pushed is not None and self._pushed[1] == self.span.steps.applied:
+        steps = self.span.steps
+        if self._pushed is not None and self._pushed[1] == steps.applied and steps.idle:
             self.welcome = welcome
             return (Message(Push(step=self._pushed[1]), self._pushed[0]),)
-        if self.span.steps.applied or self.span.steps.pending is not None:
+        if steps.applied or not steps.idle:
             raise SessionLost(
                 f"{self.link_name} was restarted and lost the adapter that it was training (after step "
                 f"{self.span.steps.applied}); continue from the last checkpoint with `noren train --resume`"
@@ -213,7 +233,10 @@ class Client:
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapters of all parties, under the whole model's names."""
         own = adapters.adapter_state(self.hf, ADAPTER, self.whole_name)
-        return own | self._pull(optimizer=False)
+        remote = self._pull(optimizer=False)
+        if twice := own.keys() & remote.keys():
+            raise ProtocolError(f"the peer answers for {min(twice)!r}, which is the client's own")
+        return own | remote
 
     def _pull(self, *, optimizer: bool) -> dict[str, Tensor]:
         if not self.welcome.trainable:
@@ -222,6 +245,9 @@ class Client:
         reply = self.link(Message(Pull(optimizer=optimizer)))
         if not isinstance(reply.meta, State):
             raise ProtocolError(f"the peer answered a pull with {reply.kind!r}")
+        for name, tensor in reply.tensors.items():
+            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                raise ProtocolError(f"the peer's adapter tensor {name[:80]!r} is not finite")
         return dict(reply.tensors)
 
     def _push(self, tensors: Mapping[str, Tensor], step: int) -> None:
@@ -245,8 +271,18 @@ class Client:
         """Set the adapters of all parties from a PEFT folder, as it was made here or by PEFT itself."""
         if self.lora is None:
             raise ConfigError(f"{folder}: the run document needs an [adapter] that fits the folder's")
-        state = peft_folder.load_folder(folder)
+        state, made = peft_folder.load_folder(folder), peft_folder.load_settings(folder)
+        if (made.r, made.alpha) != (self.lora.r, self.lora.alpha):
+            raise ConfigError(
+                f"{folder} was made with r = {made.r}, alpha = {made.alpha:g}; [adapter] of the run document says "
+                f"r = {self.lora.r}, alpha = {self.lora.alpha:g}"
+            )
         own = {self.whole_name(n) for n, _ in adapters.adapter_parameters(self.hf, ADAPTER)}
+        if odd := state.keys() ^ (own | self._pull(optimizer=False).keys()):
+            raise ConfigError(
+                f"{folder} and [adapter] of the run document adapt different modules, e.g. {min(odd)!r}; "
+                "set targets and parties as they were when the folder was made"
+            )
         mine = {name: tensor for name, tensor in state.items() if name in own}
         adapters.load_state(self.hf, ADAPTER, self.whole_name, mine)
         self._push({name: tensor for name, tensor in state.items() if name not in own}, step=0)
@@ -264,7 +300,6 @@ class Client:
         """End the run at the remote parties, and the connection. Safe to call twice."""
         if self._closed:
             return
-        self._closed = True
         if isinstance(self.link, GrpcLink):
             self.link.patience = 1.0
         try:
@@ -272,6 +307,7 @@ class Client:
         except (LinkError, PeerError) as error:
             log.warning("the run could not be ended at the server, which will end it by itself: %s", error)
         finally:
+            self._closed = True
             self.link.close()
 
 

@@ -24,6 +24,7 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
+from noren import __version__
 from noren.errors import NorenError, UnfitModel
 from noren.parties.server import SpanServer
 from noren.partition.blocks import family, is_causal
@@ -121,7 +122,9 @@ def _cache_folder() -> Path:
 def _key(config: PretrainedConfig, task: str) -> str:
     skipped = ("token_id", "_name_or_path", "dtype", "architectures", "id2label", "label2id", "vocab_size")
     small = {k: v for k, v in shrink(config, LAYERS).to_dict().items() if not k.endswith(skipped)}
-    text = json.dumps([small, task, transformers.__version__, torch.__version__, 2], sort_keys=True, default=str)
+    text = json.dumps(
+        [small, task, transformers.__version__, torch.__version__, __version__, 3], sort_keys=True, default=str
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

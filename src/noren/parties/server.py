@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from noren.adapters.lora import Lora
-from noren.errors import HandshakeRefused, OverBudget, PeerError, ProtocolError, SessionLost
+from noren.errors import ConfigError, HandshakeRefused, OverBudget, PeerError, ProtocolError, SessionLost
 from noren.inference.sessions import Sessions
 from noren.partition.stage import Frame, Stage
 from noren.training.span_trainer import SpanTrainer
@@ -53,6 +53,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     grace_seconds: float = 30.0  # sessions and kept activations of a client whose connection has ended
     run_seconds: float = 3600.0  # a run whose client is gone ends after this
 
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0")
+
 
 Following = Callable[[Callable[[], Message], Callable[[Message], Iterable[Message]]], Handler]
 
@@ -68,6 +73,7 @@ class Run:
     next_incarnation: str = ""
     connections: int = 0
     left: float = 0.0
+    closed: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -113,7 +119,10 @@ class SpanServer:
                     self._drop(key)
 
     def open_run(self, owner: str, hello: Hello) -> Run:
-        """Return the owner's run of that name, new or as it was left. Raises HandshakeRefused, OverBudget."""
+        """Return the owner's run of that name, new or as it was left, with one more connection (see `release`).
+
+        Raises HandshakeRefused or OverBudget.
+        """
         self._check(hello)
         self.expire()
         with self.lock:
@@ -124,12 +133,17 @@ class SpanServer:
                     raise HandshakeRefused(
                         f"run {hello.run!r} was begun with another {' and '.join(changed)}; give the run another name"
                     )
+                run.connections += 1
                 return run
             if sum(k[0] == owner for k in self._runs) >= self.limits.runs:
                 raise OverBudget(f"{owner} has {self.limits.runs} runs here already, which is the limit; close one")
             lora = self.lora if hello.lora else None
-            trainer = SpanTrainer(self.stage, lora, f"run{next(self._numbers)}", hello.seed, self.limits.graph_bytes)
-            run = Run(trainer, hello, uuid.uuid4().hex)
+            name = f"run{next(self._numbers)}"
+            try:
+                trainer = SpanTrainer(self.stage, lora, name, hello.seed, self.limits.graph_bytes)
+            except ConfigError as error:
+                raise HandshakeRefused(f"{self.stage.party!r} cannot make this adapter: {error}") from error
+            run = Run(trainer, hello, uuid.uuid4().hex, connections=1, left=self._clock())
             if self._following is not None:
                 onward = Message(_onward(owner, hello))
                 run.following = self._following(lambda: onward, lambda welcome: _same_state(run, welcome))
@@ -143,6 +157,7 @@ class SpanServer:
 
     def _drop(self, key: tuple[str, str]) -> None:
         if (run := self._runs.pop(key, None)) is not None:
+            run.closed = True
             run.trainer.close()
             self.sessions.end(*key)
             if isinstance(run.following, _Closable):
@@ -150,8 +165,9 @@ class SpanServer:
 
     def release(self, run: Run) -> None:
         """A connection of the run has ended."""
-        run.connections -= 1
-        run.left = self._clock()
+        with self.lock:
+            run.connections -= 1
+            run.left = self._clock()
 
     def _check(self, hello: Hello) -> None:
         own = {
@@ -183,6 +199,8 @@ class Connection:
         self._server, self._owner = server, owner
         self._run: Run | None = None
         self._name = ""
+        self._gone = False
+        self._door = threading.Lock()  # between the end of the connection and a hello under way
 
     def __call__(self, message: Message) -> Message:
         """Answer one message. Raises PeerError."""
@@ -193,6 +211,9 @@ class Connection:
             raise ProtocolError(f"{message.kind!r} before 'hello'")
         run = self._run
         with run.lock:
+            if run.closed:
+                self._leave()
+                raise SessionLost("this run was closed by another connection of its owner")
             match meta:
                 case Forward():
                     return self._forward(run, meta, message)
@@ -210,24 +231,35 @@ class Connection:
 
     def disconnect(self) -> None:
         """The connection has ended; its run is kept for a while, for a client that comes back."""
+        with self._door:
+            self._gone = True
+            self._leave()
+
+    def _leave(self) -> None:
         if self._run is not None:
             self._server.release(self._run)
             self._run = None
 
     def _hello(self, hello: Hello) -> Message:
         run = self._server.open_run(self._owner, hello)
-        trainable, incarnation = run.trainer.trainable, run.incarnation
-        if run.following is not None:
-            further = run.following(Message(_onward(self._owner, hello))).meta
-            if not isinstance(further, Welcome):
-                raise ProtocolError("the next party answered a hello with something else")
-            trainable += further.trainable
-            run.next_incarnation = further.incarnation
-            incarnation += further.incarnation
-        if self._run is not run:
-            self.disconnect()
-            run.connections += 1
-            self._run, self._name = run, hello.run
+        entered = False
+        try:
+            trainable, incarnation = run.trainer.trainable, run.incarnation
+            if run.following is not None:
+                further = run.following(Message(_onward(self._owner, hello))).meta
+                if not isinstance(further, Welcome):
+                    raise ProtocolError("the next party answered a hello with something else")
+                trainable += further.trainable
+                run.next_incarnation = further.incarnation
+                incarnation += further.incarnation
+            with self._door:
+                self._leave()
+                if self._gone:
+                    raise ProtocolError("the connection ended during its hello")
+                self._run, self._name, entered = run, hello.run, True
+        finally:
+            if not entered:
+                self._server.release(run)
         party, step = self._server.stage.party, run.trainer.step
         return Message(Welcome(party=party, trainable=trainable, step=step, incarnation=incarnation))
 
@@ -266,6 +298,8 @@ class Connection:
                 raise ProtocolError("the next party answered a backward with something else")
             gradient, further = reply.tensors["gradient"], reply.meta.square_norm
         with self._server.lock:
+            if meta.discard:
+                run.trainer.discard()
             out = run.trainer.backward(meta.session, gradient)
             norm = run.trainer.square_norm() + further
             run.trainer.keep_answer(meta.session, out, norm)
@@ -283,7 +317,10 @@ class Connection:
         with self._server.lock:
             tensors = run.trainer.state(optimizer=message.meta.optimizer)
         if run.following is not None:
-            tensors |= run.following(message).tensors
+            further = run.following(message).tensors
+            if twice := tensors.keys() & further.keys():
+                raise ProtocolError(f"the next party answers for {min(twice)!r}, which is not its own")
+            tensors |= further
         return Message(State(step=run.trainer.step), tensors)
 
     def _push(self, run: Run, meta: Push, message: Message) -> Message:

@@ -84,9 +84,12 @@ class Checkpoint(ABC):
         if text is None:
             raise ModelError(f"{self.location}: no config.json; is this a Hugging Face model folder?")
         try:
-            return dict(json.loads(text))
+            values = json.loads(text)
         except ValueError as error:
             raise ModelError(f"{self.location}/config.json is not JSON: {error}") from error
+        if not isinstance(values, dict) or not isinstance(values.get("model_type", ""), str):
+            raise ModelError(f"{self.location}/config.json is no model's config: not an object with a model_type")
+        return values
 
     @cached_property
     def files(self) -> dict[str, str]:
@@ -182,15 +185,24 @@ class FolderCheckpoint(Checkpoint):
             raise ModelError(f"{path} cannot be read as safetensors ({error}); download it again") from error
 
 
+def _is_entry(entry: Any) -> bool:
+    """Whether a header's entry has a dtype's name, a shape and a byte range."""
+    numbers = [*entry["shape"], *entry["data_offsets"]]
+    return isinstance(entry["dtype"], str) and all(isinstance(n, int) and n >= 0 for n in numbers)
+
+
 def parse_header(prefix: bytes, read: Any, size: int, where: str) -> dict[str, Any]:
     """Check and return a safetensors header; `read(n)` gives the n bytes after the 8 of `prefix`."""
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or not 2 <= length <= min(size - 8, 100_000_000):
         raise ModelError(f"{where} is not a safetensors file, or is cut short ({size} bytes); download it again")
     try:
-        header = json.loads(read(length))
+        header = dict(json.loads(read(length)))
+        for name, entry in header.items():
+            if name != "__metadata__" and not _is_entry(entry):
+                raise TypeError(f"tensor {name[:80]!r} is described as {str(entry)[:80]}")
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ModelError(f"{where} has a broken safetensors header ({error!r}); download it again") from error
     if 8 + length + end > size:
         raise ModelError(

@@ -152,7 +152,12 @@ def _watch(model: PreTrainedModel, span: RemoteSpan, at: int, tail: bool) -> Non
         call = bound | bound.pop("kwargs", {})
         mask = call.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            raise ProtocolError("a model that is cut needs a 2-D attention mask [batch, columns]")
+            raise ProtocolError(
+                "a model that is cut needs a 2-D attention mask [batch, columns]; with `generate`, the default cache"
+            )
+        for key in ("output_hidden_states", "output_attentions", "output_router_logits"):
+            if call.get(key) or getattr(model.config, key, False):
+                raise ProtocolError(f"{key}: the layers that other parties hold keep theirs; leave it off")
         layer = None
         if causal:
             cache = call.get("past_key_values")

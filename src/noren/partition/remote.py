@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.cache_utils import CacheLayerMixin, DummyLayer
 
 from noren.errors import NorenError, ProtocolError, SessionLost
@@ -239,6 +240,8 @@ class RemoteSpan(nn.Module):
         assert isinstance(message.meta, Forward)
         self.steps.sent(message.meta.update)
         del self.ended[: len(message.meta.ended)]
+        if reply.meta.per_sequence and not self.answers_head:
+            raise ProtocolError("the peer sent back one row a sequence, but holds no head")
         self._per_token = not reply.meta.per_sequence
         sent, hidden = message.tensors["hidden"], reply.tensors["hidden"]
         width = sent.shape[1] if not self.answers_head else hidden.shape[-1]
@@ -323,15 +326,22 @@ class _Crossing(torch.autograd.Function):
     ) -> Tensor:
         ctx.span, ctx.session, ctx.graph = span, uuid.uuid4().hex, _Graph()
         weakref.finalize(ctx.graph, span.ended.append, ctx.session)  # the server may forget its part of the graph, too
-        ctx.shape, ctx.dtype = tuple(packed.shape), packed.dtype
+        ctx.done, ctx.shape, ctx.dtype = False, tuple(packed.shape), packed.dtype
         more = {"positions": positions, "train": True, "dropout": span.training}
         message = span._forward_message(packed, real, ctx.session, 0, **more)
         return span._send(message, len(packed))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         span: RemoteSpan = ctx.span
-        message = Message(Backward(session=ctx.session), {"gradient": gradients[0].contiguous()})
+        if ctx.done:
+            raise ProtocolError(
+                "a second backward over one forward pass does not cross the cut; add the losses up, or run it again"
+            )
+        ctx.done = True
+        meta = Backward(session=ctx.session, discard=span.steps.cleared())
+        message = Message(meta, {"gradient": gradients[0].contiguous()})
         reply = span.handler(message)
         if not isinstance(reply.meta, Gradient) or "gradient" not in reply.tensors:
             raise ProtocolError(f"the peer answered a backward with {reply.kind!r}")

@@ -168,6 +168,10 @@ def new_heads(part: Slice, model: PreTrainedModel) -> set[str]:
     return out
 
 
+MOST_PADDING = 64
+"""How many times larger a padded batch may be than its real tokens."""
+
+
 @dataclass
 class Frame:
     """One packed batch and its place in a session: hidden [N, d], lengths of B rows, pads left or right."""
@@ -184,6 +188,11 @@ class Frame:
             raise ProtocolError(
                 f"lengths sum to {sum(self.lengths)} over {len(self.lengths)} sequences, the tensor has "
                 f"{len(self.hidden)} tokens"
+            )
+        if len(self.lengths) * max(self.lengths) > MOST_PADDING * len(self.hidden):
+            raise ProtocolError(
+                f"{len(self.lengths)} sequences of up to {max(self.lengths)} tokens, of which {len(self.hidden)} are "
+                f"real: a batch may be at most {MOST_PADDING} times its real tokens; sort sequences by length"
             )
         lengths = torch.tensor(self.lengths, device=self.hidden.device)
         columns = torch.arange(int(lengths.max()), device=self.hidden.device)

@@ -61,10 +61,19 @@ class RemoteStep:
         if update is not None and update is self.pending:
             self.applied, self.pending = update.step, None
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is accumulated or waiting at the remote side."""
+        return self.pending is None and not self._norm
+
+    def cleared(self) -> bool:
+        """Whether the client's gradients were cleared without a step, so that the remote side's must be too."""
+        zeroed = self.handle is not None and (self.handle.grad is None or not float(self.handle.grad))
+        return bool(self._norm) and zeroed and self.pending is None
+
     def discard_if_zeroed(self) -> None:
-        """If the client's gradients were cleared without a step, the remote side's must be too."""
-        cleared = self.handle is not None and (self.handle.grad is None or not float(self.handle.grad))
-        if self._norm and cleared and self.pending is None:
+        """Let the next message drop the remote gradients, if the client's were cleared without a step."""
+        if self.cleared():
             self.pending = Update(step=self.applied, scale=0.0, optimizer=None)
             self._norm = 0.0
 
@@ -93,6 +102,14 @@ register_optimizer_step_pre_hook(_before_step)
 
 def settings(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Optimizer:
     """Return the settings of one optimiser step. Raises ConfigError for an optimiser that the remote side lacks."""
+    rates = {float(other["lr"]) for other in optimizer.param_groups if other["params"]}
+    if len(rates) > 1:
+        raise ConfigError(
+            f"parameter groups with different learning rates ({sorted(rates)}): the remote adapters follow one group "
+            "only; give all groups the same"
+        )
+    if type(optimizer) is torch.optim.Adam and group.get("decoupled_weight_decay"):
+        raise ConfigError("Adam with decoupled_weight_decay is not known to the remote side; use AdamW")
     if group.get("amsgrad") or group.get("maximize") or group.get("nesterov") or group.get("dampening"):
         raise ConfigError("amsgrad, maximize, nesterov and dampening are not known to the remote side")
     kind = type(optimizer)

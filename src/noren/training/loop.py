@@ -53,6 +53,10 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise ValueError(f"{name} must not be negative")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError("lr must be above 0")
+        if not all(math.isfinite(value) for value in (self.clip, self.weight_decay, self.epochs)):
+            raise ValueError("clip, weight_decay and epochs must be finite")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {list(self.betas)} must be at least 0 and below 1")
         if (self.steps is not None and self.steps < 1) or self.epochs <= 0:
             raise ValueError("steps must be at least 1, epochs above 0")
 

@@ -87,10 +87,6 @@ class SpanTrainer:
         self._graphs[session] = Graph(frame.hidden, packed, count.total)
         return out.detach()
 
-    def output_of(self, session: str) -> Tensor:
-        """Return the packed output of a forward pass that waits for its backward."""
-        return self._graphs[session].outputs.detach()
-
     def answered(self, session: str) -> tuple[Tensor, float] | None:
         """Return the answer to a backward that was computed before, or None."""
         return self._replies.get(session)
@@ -119,7 +115,7 @@ class SpanTrainer:
         return float(sum(p.grad.double().square().sum() for p in self.parameters if p.grad is not None))
 
     def update(self, update: Update) -> None:
-        """Apply one optimiser step, once. Raises ProtocolError if steps are missing before it."""
+        """Apply one optimiser step, once. Raises SessionLost if steps are missing before it."""
         if update.optimizer is None:
             self._zero()
             return
@@ -139,6 +135,10 @@ class SpanTrainer:
         self._graphs.clear()  # they belong to the weights before the step
         self._replies.clear()
         self.step = update.step
+
+    def discard(self) -> None:
+        """Drop the gradients accumulated so far."""
+        self._zero()
 
     def _zero(self) -> None:
         for parameter in self.parameters:
@@ -181,17 +181,26 @@ class SpanTrainer:
         state = {k: v for k, v in tensors.items() if k in own}
         adapters.load_state(self._stage.model, self.adapter, self._stage.whole_name, state)
         self._moments = {k: v for k, v in moments.items() if k.split("/")[1] in own}
+        self._check_moments()
         self._optimizer, self.step = None, step
         self.forget()
+
+    def _check_moments(self) -> None:
+        """Raise ProtocolError unless each parameter has all moments of one optimiser, of its shape, or none."""
+        for name, parameter in self._named():
+            prefix = f"optimizer/{name}/"
+            found = {k.removeprefix(prefix): v for k, v in self._moments.items() if k.startswith(prefix)}
+            if set(found) not in (set(), {"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}):
+                raise ProtocolError(f"optimiser moments of {name!r} are {sorted(found)}")
+            for kind, value in found.items():
+                if (kind != "step" and value.shape != parameter.shape) or not bool(torch.isfinite(value).all()):
+                    raise ProtocolError(f"optimiser moment {kind!r} of {name!r} is not finite, or of another shape")
 
     def _restore_moments(self) -> None:
         assert self._optimizer is not None
         for name, parameter in self._named():
             prefix = f"optimizer/{name}/"
             found = {k.removeprefix(prefix): v.clone() for k, v in self._moments.items() if k.startswith(prefix)}
-            for kind, value in found.items():
-                if kind != "step" and value.shape != parameter.shape:
-                    raise ProtocolError(f"optimiser moment {kind!r} of {name!r} has shape {list(value.shape)}")
             if found:
                 self._optimizer.state[parameter] = found
         self._moments = {}

@@ -78,7 +78,7 @@ class Incoming:
     request: int = 0
     nbytes: int = 0
     _header: Header | None = None
-    _body: bytearray | None = None
+    _body: memoryview | None = None  # reserved by the announced size; memory is taken as bytes arrive
     _filled: int = 0
 
     def feed(self, frame: bytes) -> Message | None:
@@ -121,7 +121,7 @@ class Incoming:
             announced += math.prod(shape) * DTYPES[dtype].itemsize
         if announced != size:
             raise ProtocolError(f"shapes announce {announced} bytes of body, the prefix {size}")
-        self._header, self._body = header, bytearray(size)
+        self._header, self._body = header, torch.empty(size, dtype=torch.uint8).numpy().data
         return view[PREFIX.size + length :]
 
     def _finish(self) -> Message:

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
 from noren.errors import NorenError, from_wire, to_wire
 from noren.types import Failure, Handler, Message
 from noren.wire.envelope import decode, encode
 from noren.wire.traffic import Traffic
-
-
-class Link(Protocol):
-    """A Handler that is somewhere else."""
-
-    traffic: Traffic
-
-    def __call__(self, message: Message) -> Message:
-        """Send a message and return the answer."""
-
-    def close(self) -> None:
-        """End the connection."""
 
 
 class LocalLink:
