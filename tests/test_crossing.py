@@ -43,7 +43,6 @@ def test_no_token_id_label_mask_or_padding(parties: Parties, llama_folder: Path)
     client.model.eval().generate(prompt, attention_mask=(prompt > 0).long(), max_new_tokens=4, pad_token_id=0)
     kinds = {message.kind for message in parties.seen}
     assert {"hello", "forward", "backward"} <= kinds
-    known = {row_id for row in rows() for row_id in row["input_ids"]}
     for message in [*parties.seen, *parties.answers]:
         for name, tensor in message.tensors.items():
             assert name in {"hidden", "gradient"}
@@ -55,7 +54,6 @@ def test_no_token_id_label_mask_or_padding(parties: Parties, llama_folder: Path)
     assert words.pop("lengths") == [len(row["input_ids"]) for row in rows()]
     lists = {key: value for key, value in words.items() if isinstance(value, list) and value}
     assert not lists, f"no other list of numbers crosses: {lists}"
-    assert known  # the ids exist at the client, which the shapes above have shown not to cross
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -172,17 +172,6 @@ def test_every_step_twice(local_parties: Parties, llama_folder: Path, whole: Any
     assert torch.equal(a.sequences, b.sequences)
 
 
-def test_stories_over_three_processes_worth_of_stages(parties: Parties, data_folder: Path) -> None:
-    """Real weights: the text that their source quotes."""
-    folder = data_folder / "models" / "stories260K"
-    client = parties.client(folder, plan=["client :1", "edge 1:3", "server 3:4", "client 4:"])
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    out = client.model.generate(torch.tensor([[tokenizer.bos_token_id]]), max_new_tokens=60, do_sample=False)
-    text = tokenizer.decode(out[0], skip_special_tokens=True).strip()
-    quoted = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
-    assert text.startswith(quoted)
-
-
 def test_closing_ends_everything(parties: Parties, llama_folder: Path) -> None:
     client = parties.client(llama_folder)
     with client.model as model:

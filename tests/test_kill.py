@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from conftest import U_SHAPED
 from noren.config import Document
@@ -27,9 +28,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def serve(run: Path, port: int) -> subprocess.Popen[str]:
+def serve(run: Path, port: int, party: str = "server") -> subprocess.Popen[str]:
     """Start a server process and wait until it says that it is ready."""
-    command = [sys.executable, "-m", "noren.cli.main", "serve", str(run), "--party", "server"]
+    command = [sys.executable, "-m", "noren.cli.main", "serve", str(run), "--party", party]
     process = subprocess.Popen(
         [*command, "--listen", f"127.0.0.1:{port}", "--json"], stdout=subprocess.PIPE, text=True, env=os.environ.copy()
     )
@@ -89,3 +90,26 @@ def test_a_server_that_stays_away_is_an_error(keys: Path, llama_folder: Path, tm
     with pytest.raises(LinkError, match=f"127.0.0.1:{port}: no answer for 2 s"):
         client.model(torch.ones(1, 3, dtype=torch.long))
     client.close()
+
+
+def test_stories_over_three_processes(keys: Path, data_folder: Path, tmp_path: Path) -> None:
+    """Real weights, client, edge and server as three processes: the text that the weights' source quotes."""
+    folder = data_folder / "models" / "stories260K"
+    ports = {"edge": free_port(), "server": free_port()}
+    values = {"model": str(folder), "plan": ["client :1", "edge 1:3", "server 3:4", "client 4:"]}
+    values |= {"keys": {"dir": str(keys)}, "links": {party: f"127.0.0.1:{port}" for party, port in ports.items()}}
+    made = Document.of(values, tmp_path)
+    (tmp_path / "run.toml").write_text(made.to_toml())
+    running = [serve(tmp_path / "run.toml", ports[party], party) for party in ("server", "edge")]
+    client = Client(made)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    before = client.traffic.copy()
+    out = client.model.generate(torch.tensor([[tokenizer.bos_token_id]]), max_new_tokens=60, do_sample=False)
+    assert client.traffic.since(before).round_trips == 60
+    text = tokenizer.decode(out[0], skip_special_tokens=True).strip()
+    quoted = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    assert text.startswith(quoted)
+    client.close()
+    for process in reversed(running):
+        process.terminate()
+        assert process.wait(timeout=20) == 0

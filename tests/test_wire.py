@@ -472,8 +472,3 @@ def test_generation_survives_a_new_server(keys: Path, llama_folder: Path, whole:
     assert client.span.replays == 1
     client.close()
     running.pop().stop(grace=0)
-
-
-def test_parties_fixture_reports_both_directions(parties: Parties, llama_folder: Path) -> None:
-    client = parties.client(llama_folder)
-    assert client.traffic.sent_bytes > 0 and client.traffic.received_bytes > 0
