@@ -67,6 +67,7 @@ class Demo:
         if model != "embedded" and data is None:
             raise ConfigError("--model needs --data: the clients of another model must have something to learn")
         self.out = out.resolve()
+        self._running: list[subprocess.Popen[str]] = []
         self._clear()
         keys = self.out / "keys"
         for name in CLIENTS:
@@ -154,8 +155,7 @@ class Demo:
                 raise NorenError(f"the server did not start; {_last_words(self.out / 'server.log')}")
             yield int(json.loads(line)["port"]), process.pid
         finally:
-            process.terminate()
-            process.wait(timeout=30)
+            _end(process)
 
     def train(self, what: str, port: int) -> dict[str, dict[str, Any]]:
         """Run `what` ("client" or "whole") of both clients side by side; returns their results by name."""
@@ -172,8 +172,13 @@ class Demo:
                 thread = threading.Thread(target=self._follow, args=(what, name, bar, task, results))
                 thread.start()
                 threads.append(thread)
-            for thread in threads:
-                thread.join()
+            try:
+                for thread in threads:
+                    thread.join()
+            except KeyboardInterrupt:
+                for process in self._running:
+                    _end(process)
+                raise
         for name in CLIENTS:
             if name not in results:
                 raise NorenError(f"{what} {name!r} ended early; {_last_words(self.out / f'{name}-{what}.log')}")
@@ -186,6 +191,7 @@ class Demo:
         started = time.monotonic()
         log = self.out / f"{name}-{what}.log"
         process = _start(["-m", "noren.cli.demo_worker", what, str(self.out / f"{name}.toml")], log)
+        self._running.append(process)
         assert process.stdout is not None
         for line in process.stdout:
             words = json.loads(line)
@@ -284,6 +290,16 @@ def _start(arguments: list[str], log: Path) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=words, text=True, env=environment
         )
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a process: asked first, then made to."""
+    process.terminate()
+    try:
+        process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _last_words(log: Path) -> str:

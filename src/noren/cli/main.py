@@ -39,7 +39,7 @@ def share_the_processor() -> None:
     While one party waits for another's answer on the same machine, spinning threads would take the processor from it:
     decoding over loopback on two cores was a third slower. Must be called before torch is imported.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 class Commands(TyperGroup):

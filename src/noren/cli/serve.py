@@ -72,7 +72,8 @@ def serve(
             print(json.dumps(ready | {"layers": part.plan.kept(party), "parameters": count}), flush=True)
         else:
             print(f"ready: {party} on {at} (layers {layers}, {count_of(count)} parameters)", flush=True)
-        stop.wait()
+        while not stop.wait(timeout=0.5):  # a wait without end can miss a signal
+            pass
     if not as_json:
         say("stopped")
 

@@ -170,7 +170,7 @@ class FolderCheckpoint(Checkpoint):
         if not path.is_file():
             others = sorted(p.name for p in self.folder.glob("*.bin"))
             hint = f"; convert {others[0]} to safetensors first (pickled weights are not read)" if others else ""
-            raise ModelError(f"{self.folder}: shard {file} is missing{hint}")
+            raise ModelError(f"{self.folder}: shard {file} is missing{hint or '; download it again'}")
         size = path.stat().st_size
         with path.open("rb") as handle:
             return parse_header(handle.read(8), lambda n: handle.read(n), size, str(path))

@@ -7,6 +7,7 @@ line is connected again, greeted again, and the request is sent again: every req
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
@@ -33,6 +34,7 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 T = TypeVar("T")
+log = logging.getLogger("noren.link")
 
 
 class _Loop:
@@ -103,12 +105,17 @@ class GrpcLink:
                 retry=retry_if_exception_type(_Broken),
                 stop=stop_after_delay(seconds),
                 wait=wait_random_exponential(multiplier=0.05, max=2.0),
+                before_sleep=lambda state: self._tell(state.attempt_number, seconds),
                 reraise=True,
             )
             try:
                 return tries(self._try, message)
             except _Broken as error:
                 raise LinkError(f"{self.address}: no answer for {seconds:.0f} s: {error}") from None
+
+    def _tell(self, attempt: int, seconds: float) -> None:
+        if attempt == 1 and self.connections:
+            log.error("the line to %s broke; trying again for %.0f s", self.address, seconds)
 
     def connect(self) -> Message:
         """Connect now, and return the answer to the greeting. Raises as a call does."""
@@ -191,6 +198,8 @@ class GrpcLink:
 
     def _explained(self, error: grpc.aio.AioRpcError) -> Exception:
         text = f"{error.details()} {error.debug_error_string() or ''}"
+        if "WRONG_VERSION_NUMBER" in text:
+            return LinkError(f"{self.address} does not speak TLS, so it is no Noren party; is this the right port?")
         if "CERTIFICATE_VERIFY_FAILED" in text or "SSL_ERROR" in text or "certificate" in text.lower():
             return LinkError(
                 f"{self.address}: the TLS handshake failed: the server's certificate is not signed by "
