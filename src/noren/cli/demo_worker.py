@@ -27,6 +27,8 @@ from noren.types import Forward, Message, guarded
 NEW_TOKENS = 60
 SAMPLES = 2
 PROMPT_WORDS = 6
+LISTS = ("lengths", "rows")
+"""The only lists of whole numbers that may cross: tokens a sequence, and the order of sequences."""
 
 
 def say(**line: Any) -> None:
@@ -69,6 +71,10 @@ class Watch:
     def _look(self, message: Message) -> None:
         if message.kind in ("state", "push"):
             return  # adapters, which are asked for by name
+        for name in message.meta.__struct_fields__:
+            value = getattr(message.meta, name)
+            if name not in LISTS and isinstance(value, list) and any(isinstance(item, int) for item in value):
+                self.found.add(f"whole numbers in the field {name!r}")
         for tensor in message.tensors.values():
             if not tensor.is_floating_point():
                 self.found.add("whole numbers in a tensor (token ids, labels, masks or positions)")
