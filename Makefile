@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test nightly check audit bench format clean
 
 demo: $(STAMP)          ## the main job on the embedded model; opens up what happened
 	$(BIN)/noren demo
@@ -11,10 +11,17 @@ demo: $(STAMP)          ## the main job on the embedded model; opens up what hap
 test: $(STAMP)          ## all tests
 	$(BIN)/python -m pytest
 
-check: $(STAMP)         ## lint, format, types
+nightly: $(STAMP)       ## the long tests too (hours): kills, schedules, fuzzing
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m pytest -m "nightly or not nightly" --timeout 14400 -s
+
+check: $(STAMP) audit   ## lint, format, types, known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(STAMP)         ## known vulnerabilities of what is installed, where the advisories can be reached
+	@$(BIN)/python scripts/audit.py
 
 bench: $(STAMP)         ## every benchmark; each prints one JSON line
 	@for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done

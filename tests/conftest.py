@@ -25,7 +25,8 @@ from noren.partition.stage import Stage
 from noren.types import Handler, Message
 from noren.wire.grpc_link import GrpcLink
 from noren.wire.grpc_server import GrpcServer
-from noren.wire.identity import Credentials, ensure
+from noren.wire.identity import Credentials, Identity, ensure
+from noren.wire.local import LocalLink
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
@@ -111,7 +112,7 @@ class Parties:
                 address = f"127.0.0.1:{port}"
                 following = self._grpc_line(address, "edge")
             else:
-                following = _local_line(server.connect)
+                following = local_line(server.connect)
         if self.kind == "grpc":
             values = {"links": {first.remote[0].party: address}}
             document = Document.of(
@@ -120,19 +121,24 @@ class Parties:
             client = Client(document)
         else:
             assert connect is not None
-            client = Client(document, connect("client"))
+            client = Client(document, connect(identity("client")))
         self._stack.callback(client.close)
         return client
 
     def _grpc_line(self, address: str, name: str) -> Callable[..., Handler]:
-        return lambda greet, greeted: GrpcLink(address, credentials(self._keys, name), greet=greet, greeted=greeted)
+        return lambda greet, greeted, expect: GrpcLink(
+            address, credentials(self._keys, name), greet=greet, greeted=greeted, expect=expect
+        )
 
     def _watched(self, server: SpanServer) -> Callable[[str], Any]:
         parties = self
 
         class Watched:
-            def __init__(self, owner: str) -> None:
+            def __init__(self, owner: Identity) -> None:
                 self._inner = server.connect(owner)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self._inner, name)
 
             def __call__(self, message: Message) -> Message:
                 parties.seen.append(message)
@@ -146,10 +152,12 @@ class Parties:
         return Watched
 
 
-def _local_line(connect: Callable[[str], Any]) -> Callable[..., Handler]:
-    from noren.wire.local import LocalLink
+def local_line(connect: Callable[[Identity], Any]) -> Callable[..., Handler]:
+    return lambda greet, greeted, expect: LocalLink(connect(identity("edge", "edge")), expect=expect)
 
-    return lambda greet, greeted: LocalLink(connect("edge"))
+
+def identity(name: str, role: Any = "client") -> Identity:
+    return Identity(name, role, "noren")
 
 
 @pytest.fixture(params=["local", "grpc"])

@@ -13,7 +13,8 @@ from noren.partition.client import build_client
 from noren.partition.plan import Plan
 from noren.partition.shrink import tiny_model
 from noren.partition.stage import Stage, open_slice
-from noren.types import PROTOCOL, Hello, Message
+from noren.types import PROTOCOL, Hello, Message, Terms
+from noren.wire.identity import Identity
 from noren.wire.local import LocalLink
 
 DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
@@ -65,19 +66,17 @@ def connect(folders: dict[str, Path], plan: str, task: str = "causal-lm") -> Pre
     handler: Any = None
     for span in reversed(part.plan.remote):
         server = SpanServer(Stage.load(folders[span.party], plan, span.party, task), following=following)
-        handler = server.connect("client")
+        handler = server.connect(Identity("client", "client", "noren"))
         following = _line_to(handler)
-    hello = Hello(
-        protocol=PROTOCOL, run="run", fingerprint=part.fingerprint, plan=part.plan.lines(), task=task,
-        dtype="float32", lora="", seed=0,
-    )  # fmt: skip
+    terms = Terms(fingerprint=part.fingerprint, plan=part.plan.lines(), task=task, dtype="float32", lora="", seed=0)
+    hello = Hello(protocol=PROTOCOL, run="run", terms=terms)
     link = LocalLink(handler)
     link(Message(hello))
     return build_client(part, link)
 
 
 def _line_to(handler: Any) -> Any:
-    return lambda greet, greeted: LocalLink(handler)
+    return lambda greet, greeted, expect: LocalLink(handler, expect=expect)
 
 
 def padded(side: str, rows: int = 3, columns: int = 11) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import models
-from conftest import PLANS
+from conftest import PLANS, identity, local_line
 from noren.adapters.lora import adapter_parameters
 from noren.config import Document
 from noren.errors import PlanError, UnfitModel
@@ -30,7 +30,6 @@ from noren.parties.server import SpanServer
 from noren.partition.blocks import BLOCK_KEY
 from noren.partition.client import remote_span, whole_name
 from noren.partition.stage import Stage
-from noren.wire.local import LocalLink
 
 EXPERTS = {
     "mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "flex_olmo", "granitemoe", "granitemoeshared", "gpt_oss",
@@ -199,7 +198,7 @@ def test_the_comparison_sees_a_wrong_stage(broken: str, tmp_path: Path) -> None:
     """The oracle itself: one changed weight, or two swapped layers, at the remote party show in every figure."""
     whole = models.save(tmp_path, "llama")
     split = cut_in_process(str(tmp_path), U_SHAPED, "causal-lm")
-    layers = remote_span(split).handler._handler._server.stage.model.layers
+    layers = remote_span(split).handler._handler._host.stage.model.layers
     if broken == "weight":
         with torch.no_grad():
             layers[0].mlp.down_proj.weight[0] += 0.5
@@ -319,10 +318,8 @@ def test_lora_gradients_of_every_party_equal_whole(name: str, shape: str, tmp_pa
     )  # fmt: skip
     stages = {p: Stage.load(document.model, document.run.plan, p, task) for p in ("edge", "server")}
     server = SpanServer(stages["server"], lora=document.run.adapter)
-    edge = SpanServer(
-        stages["edge"], lora=document.run.adapter, following=lambda greet, greeted: LocalLink(server.connect("edge"))
-    )
-    client = Client(document, handler=edge.connect("me"))
+    edge = SpanServer(stages["edge"], lora=document.run.adapter, following=local_line(server.connect))
+    client = Client(document, handler=edge.connect(identity("me")))
     folder = client.save_adapter(tmp_path / "adapter")
     path = folder / "adapter_model.safetensors"
     generator = torch.Generator().manual_seed(1)
@@ -344,7 +341,7 @@ def test_lora_gradients_of_every_party_equal_whole(name: str, shape: str, tmp_pa
     own = {client.whole_name(n): p.grad for n, p in adapter_parameters(client.hf, ADAPTER)}
     remote = {}
     for party, at in (("edge", edge), ("server", server)):
-        [run] = at._runs.values()
+        [run] = at.runs.values()
         remote[party] = {n: p.grad for n, p in run.trainer._named()}
     found = own | remote["edge"] | remote["server"]
     # Bitwise, loss included: the same sums in the same order, in fp32.
@@ -361,4 +358,4 @@ def test_lora_gradients_of_every_party_equal_whole(name: str, shape: str, tmp_pa
     assert handle is not None and handle.grad is not None
     assert abs(float(handle.grad) - float(norm)) <= 1e-5 * float(norm)
     client.close()
-    assert not server._runs and not edge._runs
+    assert not server.runs and not edge.runs

@@ -298,6 +298,17 @@ def test_slice(place: Place, answers: dict[str, Future[Result]]) -> None:
 # What needs a server: one run, from keys to text.
 
 
+def test_plan_shows_what_codecs_save(place: Place) -> None:
+    done = place.noren("plan", "embedded", "--batch", "2", "--length", "16", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    [line], codecs = found["crossings"], found["codecs"]
+    assert codecs["raw"]["step_bytes"] == line["step_bytes"] and codecs["raw"]["token_bytes"] == line["token_bytes"]
+    assert codecs["bf16"]["of_raw"] == 0.5 and 0.25 < codecs["int8"]["of_raw"] < 0.3 and codecs["zstd"]["at_most"]
+    shown = place.noren("plan", "embedded").out
+    assert "int4" in shown and "of raw" in shown
+
+
 def test_train_then_generate(place: Place, server: subprocess.Popen[str]) -> None:
     done = place.noren("train", "run.toml", "--json")
     assert done.code == 0, done.err
@@ -306,7 +317,7 @@ def test_train_then_generate(place: Place, server: subprocess.Popen[str]) -> Non
     assert set(steps[0]) == {"step", "loss", "norm", "tokens_per_second", "bytes_up", "bytes_down", "round_trips"}
     assert outcome["held_out"]["3"] < outcome["held_out"]["0"]
     out = place.folder / "runs" / "first"
-    assert {path.name for path in out.iterdir()} == {"run.toml", "metrics.jsonl", "checkpoint", "adapter"}
+    assert {path.name for path in out.iterdir()} == {"run.toml", "metrics.jsonl", "checkpoint", "adapter", "journal"}
     kept = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert kept[:3] == steps and [line["step"] for line in kept[3:]] == [0, 3]
 

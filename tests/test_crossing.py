@@ -13,6 +13,7 @@ from conftest import U_SHAPED, Parties
 from noren.errors import HandshakeRefused
 from noren.training.batches import collate
 from noren.types import Backward, Forward, Message
+from noren.wire.codecs import CODECS
 
 VOCABULARY, HIDDEN = 128, 48
 ADAPTER = {"r": 4, "targets": ["q_proj", "v_proj"]}
@@ -86,7 +87,7 @@ def test_two_round_trips_a_step_with_the_optimiser(parties: Parties, llama_folde
     assert client.traffic.since(before).round_trips == 10
     client.span.flush()
     assert client.traffic.since(before).by_kind["step"] == 1
-    run = next(iter(parties.servers["server"]._runs.values()))
+    run = next(iter(parties.servers["server"].runs.values()))
     assert run.trainer.step == 5
 
 
@@ -131,7 +132,7 @@ def test_a_mismatch_is_refused_with_both_values(
 ) -> None:
     client = local_parties.client(llama_folder, adapter=ADAPTER)
     hello = client.hello().meta
-    fields = {"run": "another"}
+    fields: dict[str, Any] = {}
     if "plan" in change:
         fields["plan"] = change["plan"]
     elif "adapter" in change:
@@ -141,14 +142,46 @@ def test_a_mismatch_is_refused_with_both_values(
     else:
         fields |= change
     with pytest.raises(HandshakeRefused) as caught:
-        client.link(Message(msgspec.structs.replace(hello, **fields)))
+        if "protocol" in fields:
+            changed = msgspec.structs.replace(hello, run="another", **fields)
+        else:
+            changed = msgspec.structs.replace(
+                hello, run="another", terms=msgspec.structs.replace(hello.terms, **fields)
+            )
+        client.link(Message(changed))
     sentence = str(caught.value)
     assert phrase in sentence
-    name = next(key for key in fields if key != "run")
-    own, theirs = getattr(hello, name), fields[name]
+    [(name, theirs)] = fields.items()
+    own = hello.protocol if name == "protocol" else getattr(hello.terms, name)
     assert str(own) in sentence and str(theirs) in sentence
 
 
 def test_plans_of_the_document_reach_the_wire(local_parties: Parties, llama_folder: Path) -> None:
     client = local_parties.client(llama_folder, plan=U_SHAPED)
-    assert client.hello().meta.plan == ["client 0:2", "server 2:6", "client 6:8"]  # type: ignore[union-attr]
+    assert client.hello().meta.terms.plan == ["client 0:2", "server 2:6", "client 6:8"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("codec", ["bf16", "fp16", "fp8", "int8", "int8-group", "int4", "zstd"])
+def test_codecs_cross(codec: str, parties: Parties, llama_folder: Path) -> None:
+    """Both directions of a step under one codec: as many bytes as it says, and about the same loss and gradients."""
+    ids = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for name in ("raw", codec):
+        wire = {"activations": name, "gradients": name}
+        client = parties.client(llama_folder, adapter=ADAPTER, wire=wire, name=f"with-{name}")
+        before = client.traffic.copy()
+        loss = client.model(ids, labels=ids).loss
+        loss.backward()
+        crossed = client.traffic.since(before).total_bytes
+        gradients = torch.cat([p.grad.flatten() for p in client.model.parameters() if p.grad is not None])
+        found[name] = (float(loss.detach()), gradients, crossed)
+        client.close()
+    (plain, expected, bytes_raw), (loss, gradients, crossed) = found["raw"], found[codec]
+    size = CODECS[codec].size([64, 48], torch.float32)
+    if CODECS[codec].fixed:
+        assert abs(crossed - bytes_raw - 4 * (size - 64 * 48 * 4)) < 200, "headers differ by the codec's name only"
+    limit = {"zstd": 0.0, "bf16": 0.02, "fp16": 0.01, "int4": 0.35}.get(codec, 0.1)
+    error = float((gradients - expected).norm() / expected.norm())
+    print(f"{codec}: {crossed / bytes_raw:.3f} of raw, loss off by {abs(loss - plain):.2e}, gradients by {error:.2e}")
+    assert abs(loss - plain) <= limit * plain and error <= limit
+    assert (error == 0.0) == CODECS[codec].lossless

@@ -178,7 +178,7 @@ def test_closing_ends_everything(parties: Parties, llama_folder: Path) -> None:
         model.generate(**batch(1), max_new_tokens=4, do_sample=False)
         assert len(parties.servers["server"].sessions) == 1
     assert len(parties.servers["server"].sessions) == 0
-    assert not parties.servers["server"]._runs
+    assert not parties.servers["server"].runs
 
 
 def test_finished_generations_free_their_sessions(local_parties: Parties, llama_folder: Path) -> None:

@@ -92,7 +92,7 @@ def assert_same_gradients(
         losses.append(loss.detach())
     assert close(*losses)
     expected = {n.removeprefix(PREFIX): p.grad for n, p in adapter_parameters(whole, "default")}
-    [run] = parties.servers["server"]._runs.values()
+    [run] = parties.servers["server"].runs.values()
     found = {client.whole_name(n): p.grad for n, p in adapter_parameters(client.hf, ADAPTER)}
     found |= {n: p.grad for n, p in run.trainer._named()}
     assert found.keys() == expected.keys()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import models
-from conftest import PLANS, U_SHAPED
+from conftest import PLANS, U_SHAPED, identity
 from noren.errors import HandshakeRefused, ModelError, PlanError
 from noren.parties.fitness import TOLERANCE, compare
 from noren.parties.server import SpanServer
@@ -20,7 +20,7 @@ from noren.partition.plan import Plan
 from noren.partition.slices import MANIFEST, read_manifest, weights_digest, write_slice
 from noren.partition.sources import open_checkpoint
 from noren.partition.stage import Stage, open_slice
-from noren.types import PROTOCOL, Hello, Message
+from noren.types import PROTOCOL, Hello, Message, Terms
 
 CUT = "client :1, server 1:3, client 3:"
 CLASSIFIED = "sequence-classification"
@@ -147,12 +147,8 @@ def test_an_edited_manifest_is_refused(edited: bytes | str, cut: dict[str, Path]
 
 def hello(fingerprint: str) -> Message:
     plan = ["client 0:2", "server 2:6", "client 6:8"]
-    return Message(
-        Hello(
-            protocol=PROTOCOL, run="r", fingerprint=fingerprint, plan=plan, task="causal-lm", dtype="float32", lora="",
-            seed=0,
-        )
-    )  # fmt: skip
+    terms = Terms(fingerprint=fingerprint, plan=plan, task="causal-lm", dtype="float32", lora="", seed=0)
+    return Message(Hello(protocol=PROTOCOL, run="r", terms=terms))
 
 
 def test_a_digest_of_the_weights_enters_the_fingerprint(llama_folder: Path, tmp_path: Path) -> None:
@@ -171,9 +167,9 @@ def test_a_digest_of_the_weights_enters_the_fingerprint(llama_folder: Path, tmp_
     assert weights_digest(changed) != before
     assert changed.fingerprint == open_checkpoint(tmp_path / "other").fingerprint  # names and config are the same
     at = SpanServer(Stage.load(tmp_path / "server", U_SHAPED, "server", "causal-lm"))
-    assert at.connect("me")(hello(client.fingerprint)).kind == "welcome"
+    assert at.connect(identity("me"))(hello(client.fingerprint)).kind == "welcome"
     with pytest.raises(HandshakeRefused, match="model fingerprint differs"):
-        at.connect("me")(hello(checkpoint.fingerprint))
+        at.connect(identity("me"))(hello(checkpoint.fingerprint))
 
 
 def test_an_existing_folder_is_left_alone(llama_folder: Path, tmp_path: Path) -> None:

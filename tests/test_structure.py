@@ -73,17 +73,6 @@ def test_no_import_cycles() -> None:
         visit(module, ())
 
 
-def test_nothing_is_unpickled() -> None:
-    forbidden = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
-    for path in files():
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not forbidden & {name.split(".")[0] for name in names}, path
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}, path
-
-
 def test_public_names() -> None:
     assert noren.__all__ == ["Document", "Guard", "Handler", "Message", "NorenError", "Plan", "Stage", "load"]
     for name in noren.__all__:
@@ -101,5 +90,5 @@ def test_files_are_rooms_not_halls() -> None:
     """Most files stay under 300 lines; tables of words may be longer."""
     lengths = {path: len(path.read_text().splitlines()) for path in files() if path.parent.name != "embedded"}
     long = {str(path.relative_to(SOURCE)): n for path, n in lengths.items() if n > 400}
-    assert set(long) <= {"wire/identity.py"}, long
+    assert not long, long
     assert sum(n > 300 for n in lengths.values()) <= len(lengths) // 8

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers import Trainer as HFTrainer
 
-from conftest import PLANS, Parties
-from noren.adapters.checkpoint import load_folder, same_values
+from conftest import PLANS, Parties, identity
+from noren.adapters.checkpoint import load_folder, replacing, same_values, settle
 from noren.errors import ConfigError, ProtocolError, SessionLost
 from noren.parties.client import Client
 from noren.training.batches import collate
@@ -78,7 +80,10 @@ def test_clipping_is_by_the_norm_over_all_stages(local_parties: Parties, llama_f
     assert float(torch.stack([p.grad.norm() for p in own]).norm()) < 0.9 * norms[0], "the server's share counts"
 
 
-def test_cleared_gradients_are_cleared_remotely(local_parties: Parties, llama_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [False, True], ids=["before the next forward", "before the next backward"])
+def test_cleared_gradients_are_cleared_remotely(
+    late: bool, local_parties: Parties, llama_folder: Path, tmp_path: Path
+) -> None:
     client = local_parties.client(llama_folder, adapter=ADAPTER)
     twin = whole_twin(client, llama_folder, tmp_path / "initial")
     for model in (client.model, twin):
@@ -86,9 +91,31 @@ def test_cleared_gradients_are_cleared_remotely(local_parties: Parties, llama_fo
         optimizer = torch.optim.SGD(parameters, lr=0.5)
         model.train()
         model(**collate(rows()[:3], 0)).loss.backward()
-        optimizer.zero_grad()  # thought better of it
-        model(**collate(rows()[3:], 0)).loss.backward()
+        if not late:
+            optimizer.zero_grad()  # thought better of it
+        loss = model(**collate(rows()[3:], 0)).loss
+        if late:
+            optimizer.zero_grad()
+        loss.backward()
         optimizer.step()
+    assert largest_difference(client, twin) <= ROUNDING
+
+
+def test_forward_passes_that_share_a_backward(local_parties: Parties, llama_folder: Path, tmp_path: Path) -> None:
+    """Several forward passes and one loss, as for pairs of a better and a worse answer; twice, so that they add up."""
+    client = local_parties.client(llama_folder, adapter=ADAPTER)
+    twin = whole_twin(client, llama_folder, tmp_path / "initial")
+    norms = []
+    for model in (client.model, twin):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(parameters, lr=0.5)
+        model.train()
+        for _ in range(2):
+            better, worse = (model(**collate(part, 0)).loss for part in (rows()[:3], rows()[3:]))
+            (better - 0.5 * worse).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(parameters, math.inf)))
+        optimizer.step()
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     assert largest_difference(client, twin) <= ROUNDING
 
 
@@ -111,7 +138,7 @@ def test_huggingface_trainer_unmodified(parties: Parties, llama_folder: Path, tm
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) <= 1e-4
     client.span.flush()
     assert largest_difference(client, twin) <= 2 * ROUNDING
-    run = next(iter(parties.servers["server"]._runs.values()))
+    run = next(iter(parties.servers["server"].runs.values()))
     assert run.trainer.step == 6
 
 
@@ -152,7 +179,7 @@ def test_two_clients_train_apart_on_one_base(local_parties: Parties, llama_folde
     """Their steps alternate at one server; each ends as if it had been alone."""
     first = local_parties.client(llama_folder, adapter=ADAPTER)
     server = local_parties.servers["server"]
-    second = Client(first.document, server.connect("other"))
+    second = Client(first.document, server.connect(identity("other")))
     settings = Training(steps=4, batch_size=3, lr=1e-2)
     twins = [whole_twin(client, llama_folder, tmp_path / f"i{i}") for i, client in enumerate((first, second))]
     data = [rows()[:4], rows()[2:]]
@@ -206,12 +233,12 @@ def test_a_server_that_lost_the_adapter_is_not_trained_on(parties: Parties, llam
     trainer.step([rows()])
     trainer.step([rows()])
     server = parties.servers["server"]
-    for owner, name in list(server._runs):
-        server.close_run(owner, name)
+    for owner, name in list(server.runs):
+        server.close_run(owner, name, forget=True)
     if parties.kind == "grpc":
         client.link.close()
     else:
-        client.link._handler = server.connect("client")  # type: ignore[union-attr]
+        client.link._handler = server.connect(identity("client"))  # type: ignore[union-attr]
         client.link(client.hello())  # what a GrpcLink does by itself
     with pytest.raises(SessionLost, match=r"--resume|resume from the last checkpoint"):
         trainer.step([rows()])
@@ -267,7 +294,7 @@ def test_a_run_closed_elsewhere_is_not_trained_on(local_parties: Parties, llama_
     trainer = Trainer(client.model, rows(), [], Training(steps=5), pad_id=0, seed=3, remote=client.remote())
     trainer.step([rows()])
     trainer.step([rows()])
-    second = local_parties.servers["server"].connect("client")
+    second = local_parties.servers["server"].connect(identity("client"))
     second(client.hello())
     second(Message(Close()))
     with pytest.raises(SessionLost):
@@ -296,9 +323,9 @@ def test_accumulated_gradients_do_not_survive_a_restart_unnoticed(
     client.model.train()
     client.model(**collate(rows()[:3], 0)).loss.backward()
     server = local_parties.servers["server"]
-    for owner, name in list(server._runs):
-        server.close_run(owner, name)
-    client.link._handler = server.connect("client")  # type: ignore[union-attr]
+    for owner, name in list(server.runs):
+        server.close_run(owner, name, forget=True)
+    client.link._handler = server.connect(identity("client"))  # type: ignore[union-attr]
     with pytest.raises(SessionLost, match="noren train --resume"):
         client._reconnected(client.link(client.hello()))
 
@@ -317,10 +344,31 @@ def test_a_closed_model_stays_closed(parties: Parties, llama_folder: Path) -> No
     client.close()
     with pytest.raises(ConfigError, match="was closed"):
         client.model(torch.ones(1, 3, dtype=torch.long))
-    assert not parties.servers["server"]._runs
+    assert not parties.servers["server"].runs
 
 
 def test_what_the_remote_layers_keep_is_not_promised(local_parties: Parties, llama_folder: Path) -> None:
     client = local_parties.client(llama_folder)
     with pytest.raises(ProtocolError, match="output_hidden_states"):
         client.model(torch.ones(1, 3, dtype=torch.long), output_hidden_states=True)
+
+
+@pytest.mark.parametrize("point", range(3))
+def test_a_folder_is_replaced_whole_or_not_at_all(point: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before, between and after the two renames: the next process finds the old folder or the new one."""
+    folder, count, rename = tmp_path / "kept", [0], os.replace
+    for text in ("old", "new"):
+
+        def killed(source: Path, target: Path, text: str = text) -> None:
+            if text == "new" and count[0] == point:
+                raise KeyboardInterrupt
+            count[0] += text == "new"
+            rename(source, target)
+
+        monkeypatch.setattr(os, "replace", killed)
+        with suppress(KeyboardInterrupt), replacing(folder) as draft:
+            (draft / "words").write_text(text)
+    monkeypatch.setattr(os, "replace", rename)
+    settle(folder)
+    assert (folder / "words").read_text() == ("new" if point == 2 else "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]

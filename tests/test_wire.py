@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import U_SHAPED, Parties, credentials
+from conftest import U_SHAPED, Parties, credentials, identity, local_line
 from noren.adapters.lora import Lora
 from noren.config import Document
-from noren.errors import LinkError, NorenError, OverBudget, PeerError, ProtocolError, SessionLost
+from noren.errors import LinkError, NorenError, OverBudget, Overloaded, PeerError, ProtocolError, SessionLost
 from noren.parties.client import Client
 from noren.parties.server import Limits, SpanServer
 from noren.partition.stage import Stage
-from noren.types import Backward, Close, Done, Forward, Hello, Hidden, Message, Step, Update
-from noren.wire.envelope import CHUNK, DTYPES, PREFIX, Incoming, decode, encode
-from noren.wire.grpc_link import METHOD, GrpcLink
+from noren.types import PROTOCOL, Backward, Close, Done, Forward, Hello, Hidden, Message, Optimizer, Step, Terms, Update
+from noren.wire.envelope import CHUNK, DTYPES, PREFIX, Header, Incoming, decode, encode
+from noren.wire.grpc_link import KEY_HEADER, METHOD, GrpcLink
 from noren.wire.grpc_server import GrpcServer
+from noren.wire.identity import Identity
 from noren.wire.local import LocalLink
+from noren.wire.seal import Seal
+from noren.wire.settings import Doors
+
+KEY = bytes(range(32))
+
+
+def there() -> Seal:
+    return Seal(KEY, client=False)
 
 
 def forward(tokens: int = 3, width: int = 48, **more: Any) -> Message:
@@ -37,7 +46,7 @@ def forward(tokens: int = 3, width: int = 48, **more: Any) -> Message:
 
 
 def as_bytes(message: Message) -> list[bytes]:
-    return [bytes(frame) for frame in encode(message, 7)]
+    return encode(message, 7, Seal(KEY, client=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values())
@@ -47,8 +56,8 @@ def test_a_message_survives_the_envelope(dtype: torch.dtype, tokens: int) -> Non
         "hidden": torch.randn(tokens, 48).to(dtype), "more": torch.arange(5),
     })  # fmt: skip
     frames = as_bytes(sent)
-    assert all(len(frame) <= CHUNK for frame in frames)
-    got = decode(frames)
+    assert all(len(frame) <= CHUNK + 512 for frame in frames)
+    got = decode(frames, there())
     assert got.meta == sent.meta
     assert got.tensors.keys() == sent.tensors.keys()
     assert all(torch.equal(got.tensors[k], sent.tensors[k]) and got.tensors[k].dtype == t.dtype
@@ -56,20 +65,23 @@ def test_a_message_survives_the_envelope(dtype: torch.dtype, tokens: int) -> Non
 
 
 def test_no_other_type_crosses() -> None:
-    with pytest.raises(ProtocolError, match="only f32, f16, bf16, i64 may cross"):
-        encode(Message(Done(), {"x": torch.zeros(3, dtype=torch.complex64)}), 1)
+    with pytest.raises(ProtocolError, match="only f32, f16, bf16, i64, u8 may cross"):
+        encode(Message(Done(), {"x": torch.zeros(3, dtype=torch.complex64)}), 1, there())
 
 
 def _prefix(header: bytes, body: bytes, **change: Any) -> bytes:
-    fields = {"magic": b"NRN1", "length": len(header), "request": 1, "size": len(body)} | change
-    return PREFIX.pack(*fields.values()) + header + body
+    fields = {"magic": b"NRN", "version": 2, "length": len(header), "request": 1, "size": len(body)} | change
+    made = PREFIX.pack(*fields.values()) + header + body
+    tag = Seal(KEY, client=True).outgoing(1)
+    tag.update(made)
+    return made + tag.value()
 
 
-GOOD = b'{"meta":{"kind":"done","step":0},"tensors":[["x","f32",[2]]]}'
+GOOD = b'{"meta":{"kind":"done","step":0},"tensors":[["x","f32",[2],"raw",8]]}'
 MALFORMED: dict[str, bytes] = {
     "empty": b"",
-    "short prefix": b"NRN1\0\0",
-    "other magic": _prefix(GOOD, b"\0" * 8, magic=b"HTTP"),
+    "short prefix": b"NRN\2\0\0",
+    "other magic": _prefix(GOOD, b"\0" * 8, magic=b"HTT"),
     "header longer than the frame": _prefix(GOOD, b"", length=1000),
     "huge header": _prefix(GOOD, b"", length=1 << 31),
     "no JSON": _prefix(b"\x80\x04\x95garbage", b""),
@@ -77,12 +89,16 @@ MALFORMED: dict[str, bytes] = {
     "unknown field": _prefix(b'{"meta":{"kind":"done","run":"x"},"tensors":[]}', b""),
     "field of another type": _prefix(b'{"meta":{"kind":"done","step":"1"},"tensors":[]}', b""),
     "missing field": _prefix(b'{"meta":{"kind":"backward"},"tensors":[]}', b""),
-    "negative size": _prefix(b'{"meta":{"kind":"done"},"tensors":[["x","f32",[-1]]]}', b""),
-    "object dtype": _prefix(b'{"meta":{"kind":"done"},"tensors":[["x","O",[1]]]}', b""),
-    "overflowing shape": _prefix(b'{"meta":{"kind":"done"},"tensors":[["x","f32",[4611686018427387904,4]]]}', b""),
+    "negative size": _prefix(b'{"meta":{"kind":"done"},"tensors":[["x","f32",[-1],"raw",0]]}', b""),
+    "object dtype": _prefix(b'{"meta":{"kind":"done"},"tensors":[["x","O",[1],"raw",0]]}', b""),
+    "overflowing shape": _prefix(
+        b'{"meta":{"kind":"done"},"tensors":[["x","f32",[4611686018427387904,4],"raw",0]]}', b""
+    ),
     "size above its shapes": _prefix(GOOD, b"\0" * 12),
     "size below its shapes": _prefix(GOOD, b"\0" * 4),
-    "one name twice": _prefix(b'{"meta":{"kind":"done"},"tensors":[["x","f32",[1]],["x","f32",[1]]]}', bytes(8)),
+    "one name twice": _prefix(
+        b'{"meta":{"kind":"done"},"tensors":[["x","f32",[1],"raw",4],["x","f32",[1],"raw",4]]}', bytes(8)
+    ),
     "more body than announced": _prefix(GOOD, b"\0" * 9, size=8),
     "body announced as huge": _prefix(GOOD, b"", size=1 << 40),
 }  # fmt: skip
@@ -91,13 +107,13 @@ MALFORMED: dict[str, bytes] = {
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_frames_are_refused(name: str) -> None:
     with pytest.raises((ProtocolError, OverBudget)):
-        decode([MALFORMED[name]])
+        decode([MALFORMED[name]], there())
 
 
 def test_a_cut_message_is_refused() -> None:
     whole = as_bytes(forward())
     with pytest.raises(ProtocolError, match="cut short"):
-        decode([whole[0][:-1]])
+        decode([whole[0][:-1]], there())
 
 
 @settings(max_examples=300, deadline=None)
@@ -107,7 +123,7 @@ def test_mutated_frames_raise_nothing_else(noise: bytes, at: int, value: int) ->
     frame[at % len(frame)] = value
     for data in (bytes(frame), noise, bytes(frame[:at]) + noise):
         with suppress(NorenError):
-            Incoming(max_body=1 << 20).feed(data)
+            Incoming(there(), max_body=1 << 20).feed(data)
 
 
 @pytest.fixture
@@ -118,19 +134,19 @@ def server(llama_folder: Path) -> SpanServer:
 
 def hello(server: SpanServer, run: str = "r") -> Message:
     stage = server.stage
-    return Message(
-        Hello(protocol=1, run=run, fingerprint=stage.fingerprint, plan=stage.plan.lines(), task="causal-lm",
-              dtype="float32", lora="", seed=0)
-    )  # fmt: skip
+    terms = Terms(
+        fingerprint=stage.fingerprint, plan=stage.plan.lines(), task="causal-lm", dtype="float32", lora="", seed=0
+    )
+    return Message(Hello(protocol=PROTOCOL, run=run, terms=terms))
 
 
 def test_nothing_before_hello(server: SpanServer) -> None:
     with pytest.raises(ProtocolError, match="before 'hello'"):
-        server.connect("a")(forward())
+        LocalLink(server.connect(identity("a")))(forward())
 
 
 def test_a_session_belongs_to_its_owner(server: SpanServer) -> None:
-    mine, yours = server.connect("a"), server.connect("b")
+    mine, yours = LocalLink(server.connect(identity("a"))), LocalLink(server.connect(identity("b")))
     mine(hello(server)), yours(hello(server))
     mine(forward())
     with pytest.raises(SessionLost):
@@ -139,7 +155,7 @@ def test_a_session_belongs_to_its_owner(server: SpanServer) -> None:
 
 
 def test_a_gap_and_a_repeat(server: SpanServer) -> None:
-    handler = server.connect("a")
+    handler = LocalLink(server.connect(identity("a")))
     handler(hello(server))
     handler(forward())
     with pytest.raises(SessionLost, match="cannot be put back to 5"):
@@ -152,7 +168,7 @@ def test_a_gap_and_a_repeat(server: SpanServer) -> None:
 
 
 def test_a_repeated_reorder_is_not_done_twice(server: SpanServer) -> None:
-    handler = server.connect("a")
+    handler = LocalLink(server.connect(identity("a")))
     handler(hello(server))
     handler(forward(4, lengths=[2, 2]))
     step = forward(2, start=2, lengths=[1, 1], rows=[1, 1])
@@ -166,14 +182,14 @@ def test_a_repeated_reorder_is_not_done_twice(server: SpanServer) -> None:
     [
         ({"lengths": [2]}, "lengths sum to 2"),
         ({"lengths": []}, "lengths sum to 0"),
-        ({"lengths": [5, -2]}, "lengths sum to 3"),
+        ({"lengths": [5, -2]}, r"Expected `int` >= 0"),
         ({"width": 47}, r"must be \[tokens, 48\]"),
         ({"start": 3, "rows": [9]}, "rows"),
         ({"start": 3, "lengths": [1, 2]}, "has 1 sequences, the step has 2"),
     ],
 )
 def test_a_wrong_step_is_refused(server: SpanServer, change: dict[str, Any], phrase: str) -> None:
-    handler = server.connect("a")
+    handler = LocalLink(server.connect(identity("a")))
     handler(hello(server))
     handler(forward())
     with pytest.raises(ProtocolError, match=phrase):
@@ -181,7 +197,7 @@ def test_a_wrong_step_is_refused(server: SpanServer, change: dict[str, Any], phr
 
 
 def test_values_that_are_not_finite_are_refused(server: SpanServer) -> None:
-    handler = server.connect("a")
+    handler = LocalLink(server.connect(identity("a")))
     handler(hello(server))
     message = forward()
     message.tensors["hidden"][1, 5] = float("nan")
@@ -191,7 +207,7 @@ def test_values_that_are_not_finite_are_refused(server: SpanServer) -> None:
 
 def test_an_owner_has_a_byte_budget(server: SpanServer) -> None:
     """The oldest of the owner's own sessions goes; another owner's stays; one that alone is too much is refused."""
-    mine, yours = server.connect("a"), server.connect("b")
+    mine, yours = LocalLink(server.connect(identity("a"))), LocalLink(server.connect(identity("b")))
     mine(hello(server)), yours(hello(server))
     yours(forward(10, session="yours"))
     for i in range(12):
@@ -204,24 +220,46 @@ def test_an_owner_has_a_byte_budget(server: SpanServer) -> None:
         mine(forward(2000, session="big"))
 
 
+def test_a_session_that_would_grow_is_refused_before_it_does(server: SpanServer) -> None:
+    """One row may not become hundreds: the budget is asked before the cache is repeated."""
+    handler = LocalLink(server.connect(identity("a")))
+    handler(hello(server))
+    handler(forward(10))
+    with pytest.raises(OverBudget, match="400 sequences would need"):
+        handler(forward(400, start=10, lengths=[1] * 400, rows=[0] * 400))
+    handler(forward(2, start=10, lengths=[1, 1], rows=[0, 0]))
+
+
+def test_overload_does_not_touch_what_a_party_does_for_itself(server: SpanServer) -> None:
+    """A run is closed, and its adapter taken out, however much waits."""
+    handler = LocalLink(server.connect(identity("a")))
+    handler(hello(server))
+    server._waiting = server.limits.waiting
+    with pytest.raises(Overloaded):
+        handler(forward())
+    handler(Message(Close()))
+    assert not server.runs
+    server._waiting = 0
+
+
 def test_kept_graphs_have_a_budget(server: SpanServer) -> None:
-    handler = server.connect("a")
+    handler = LocalLink(server.connect(identity("a")))
     handler(hello(server))
     with pytest.raises(OverBudget, match="use a smaller batch"):
-        handler(forward(3000, lengths=[100] * 30, train=True))
+        handler(forward(3000, session="1.0", lengths=[100] * 30, train=True))
 
 
 def test_graphs_that_nobody_comes_back_for_make_room(server: SpanServer) -> None:
-    handler = server.connect("a")
+    handler = LocalLink(server.connect(identity("a")))
     handler(hello(server))
     for i in range(40):
-        handler(forward(60, session=f"g{i}", lengths=[20] * 3, train=True))
-    trainer = server._runs["a", "r"].trainer
+        handler(forward(60, session=f"1.{i}", lengths=[20] * 3, train=True))
+    trainer = server.runs["a", "r"].trainer
     assert 0 < trainer.nbytes <= server.limits.graph_bytes
-    gradient = Message(Backward(session="g0"), {"gradient": torch.zeros(60, 48)})
+    gradient = Message(Backward(session="1.0"), {"gradient": torch.zeros(60, 48)})
     with pytest.raises(SessionLost, match="repeat the step"):
         handler(gradient)
-    handler(Message(Backward(session="g39"), gradient.tensors))
+    handler(Message(Backward(session="1.39"), gradient.tensors))
 
 
 def test_what_a_server_sends_back_is_checked(local_parties: Parties, llama_folder: Path) -> None:
@@ -249,26 +287,26 @@ def test_two_clients_behind_one_edge_stay_apart(keys: Path, llama_folder: Path) 
     last = SpanServer(Stage.load(llama_folder, plan, "server", "causal-lm"), lora=lora)
     edge = SpanServer(
         Stage.load(llama_folder, plan, "edge", "causal-lm"), lora=lora,
-        following=lambda greet, greeted: LocalLink(last.connect("edge")),
+        following=local_line(last.connect),
     )  # fmt: skip
     document = Document.of(
         {"model": str(llama_folder), "plan": plan, "adapter": {"r": 4, "targets": ["q_proj"]}}, Path.cwd()
     )
-    clients = [Client(document, edge.connect(name)) for name in ("a", "b")]
-    assert len(edge._runs) == 2 and len(last._runs) == 2
+    clients = [Client(document, edge.connect(identity(name))) for name in ("a", "b")]
+    assert len(edge.runs) == 2 and len(last.runs) == 2
     model = clients[0].model
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     model(torch.ones(1, 6, dtype=torch.long), labels=torch.ones(1, 6, dtype=torch.long)).loss.backward()
     optimizer.step()
     clients[0].span.flush()
-    assert [run.trainer.step for run in last._runs.values()] == [1, 0]
+    assert [run.trainer.step for run in last.runs.values()] == [1, 0]
     for client in clients:
         client.close()
-    assert not last._runs
+    assert not last.runs
 
 
 def test_runs_are_limited_and_closed(server: SpanServer) -> None:
-    handlers = [server.connect("a") for _ in range(3)]
+    handlers = [LocalLink(server.connect(identity("a"))) for _ in range(3)]
     handlers[0](hello(server, "one")), handlers[1](hello(server, "two"))
     with pytest.raises(OverBudget, match="2 runs here already"):
         handlers[2](hello(server, "three"))
@@ -280,7 +318,7 @@ def test_sessions_and_runs_expire(llama_folder: Path) -> None:
     now = [0.0]
     limits = Limits(session_seconds=10, run_seconds=100, grace_seconds=5)
     server = SpanServer(Stage.load(llama_folder, U_SHAPED, "server", "causal-lm"), limits=limits, clock=lambda: now[0])
-    handler = server.connect("a")
+    handler = LocalLink(server.connect(identity("a")))
     handler(hello(server))
     handler(forward())
     now[0] = 11
@@ -288,33 +326,31 @@ def test_sessions_and_runs_expire(llama_folder: Path) -> None:
     assert not len(server.sessions)
     with pytest.raises(SessionLost):
         handler(forward(1, start=3))
-    handler.disconnect()
-    handler = server.connect("a")
+    handler.close()
+    handler = LocalLink(server.connect(identity("a")))
     handler(hello(server))
     handler(forward())
-    handler(forward(session="graph", train=True))
-    trainer = server._runs["a", "r"].trainer
-    handler.disconnect()
+    handler(forward(session="1.0", train=True))
+    trainer = server.runs["a", "r"].trainer
+    handler.close()
     now[0] = 16
     server.expire()
     assert len(server.sessions) == 1 and trainer.nbytes, "a client may come back"
     now[0] = 16.5
     server.expire()
     assert not len(server.sessions) and not trainer.nbytes, "but its sessions end with it"
-    assert server._runs
+    assert server.runs
     now[0] = 100
     server.expire()
-    assert server._runs
+    assert server.runs
     now[0] = 112
     server.expire()
-    assert not server._runs
+    assert not server.runs
 
 
 def test_steps_are_applied_once_and_in_order(server: SpanServer) -> None:
-    handler = server.connect("a")
+    handler = LocalLink(server.connect(identity("a")))
     handler(hello(server))
-    from noren.types import Optimizer
-
     update = Update(step=1, scale=1.0, optimizer=Optimizer(name="sgd", lr=0.1))
     assert handler(Message(Step(update=update))).meta == Done(step=1)
     assert handler(Message(Step(update=update))).meta == Done(step=1)
@@ -323,7 +359,12 @@ def test_steps_are_applied_once_and_in_order(server: SpanServer) -> None:
 
 
 class Echo:
-    """Answers everything with Done; can be told to fail."""
+    """Answers a forward with what it carries, and all else with Done; can be told to fail."""
+
+    codecs, in_run = ("raw", "raw"), True
+
+    def expect(self, header: Header) -> None:
+        pass
 
     def __init__(self) -> None:
         self.fail: Callable[[], None] = lambda: None
@@ -332,7 +373,7 @@ class Echo:
     def __call__(self, message: Message) -> Message:
         self.seen += 1
         self.fail()
-        return Message(Done(step=self.seen), message.tensors)
+        return Message(Hidden() if message.kind == "forward" else Done(step=self.seen), message.tensors)
 
     def disconnect(self) -> None:
         pass
@@ -347,10 +388,10 @@ def test_large_messages_and_counts(keys: Path) -> None:
     with GrpcServer("127.0.0.1:0", credentials(keys, "server"), lambda owner: echo) as served:
         link = line(keys, served.port)
         big = torch.randn(3 << 20)
-        answer = link(Message(Done(), {"x": big}))
+        answer = link(Message(forward().meta, {"x": big}))
         assert torch.equal(answer.tensors["x"], big)
         assert link.traffic.round_trips == 1
-        assert big.nbytes < link.traffic.sent_bytes < big.nbytes + 300
+        assert big.nbytes < link.traffic.sent_bytes < big.nbytes + 400
         link.close()
 
 
@@ -367,13 +408,13 @@ def test_errors_cross_as_what_they_are_and_hide_what_is_internal(keys: Path) -> 
 
         echo.fail = fail(SessionLost("gone"))
         with pytest.raises(SessionLost, match=rf"127.0.0.1:{served.port}: gone"):
-            link(Message(Done()))
+            link(Message(Close()))
         echo.fail = fail(ValueError("secret text of the server"))
         with pytest.raises(PeerError, match=r"internal error \(ValueError\)") as caught:
-            link(Message(Done()))
+            link(Message(Close()))
         assert "secret" not in str(caught.value)
         echo.fail = lambda: None
-        assert link(Message(Done())).kind == "done", "the line still works"
+        assert link(Message(Close())).kind == "done", "the line still works"
         link.close()
 
 
@@ -383,7 +424,7 @@ def test_a_server_that_is_not_there(keys: Path) -> None:
         link = line(keys, held.getsockname()[1], first_seconds=1.0)
         started = time.monotonic()
         with pytest.raises(LinkError, match="is the server running there"):
-            link(Message(Done()))
+            link(Message(Close()))
         assert time.monotonic() - started < 10
 
 
@@ -401,45 +442,72 @@ def test_a_port_that_speaks_something_else(keys: Path) -> None:
 
         threading.Thread(target=answer, daemon=True).start()
         with pytest.raises(LinkError):
-            line(keys, listening.getsockname()[1], first_seconds=1.0)(Message(Done()))
+            line(keys, listening.getsockname()[1], first_seconds=1.0)(Message(Close()))
 
 
 def test_the_line_survives_a_restart_on_the_same_port(keys: Path) -> None:
     echo = Echo()
     first = GrpcServer("127.0.0.1:0", credentials(keys, "server"), lambda owner: echo).start()
-    link = line(keys, first.port, greet=lambda: Message(Close()))
-    link(Message(Done()))
+    link = line(
+        keys,
+        first.port,
+        greet=lambda: Message(Step(update=Update(step=0, scale=1.0, optimizer=Optimizer(name="sgd", lr=0.1)))),
+    )
+    link(Message(Close()))
     first.stop(grace=0)
     second = GrpcServer(f"127.0.0.1:{first.port}", credentials(keys, "server"), lambda owner: echo).start()
-    assert link(Message(Done())).kind == "done"
+    assert link(Message(Close())).kind == "done"
     assert link.connections == 2
     link.close()
     second.stop(grace=0)
 
 
 def test_raw_garbage_on_the_stream(keys: Path) -> None:
-    """A peer with a valid certificate that sends noise gets a Failure, and the stream ends."""
+    """A peer with a valid certificate that sends noise is told so, and the stream ends."""
     echo = Echo()
     with GrpcServer("127.0.0.1:0", credentials(keys, "server"), lambda owner: echo) as served:
         channel = grpc.secure_channel(f"127.0.0.1:{served.port}", credentials(keys, "client").client())
-        replies = list(channel.stream_stream(METHOD)(iter([b"noise" * 100, b"more"])))
-        message = decode([replies[0]])
-        assert message.kind == "failure" and message.meta.code == "protocol"  # type: ignore[union-attr]
-        assert len(replies) == 1 and echo.seen == 0
+        method = channel.stream_stream(METHOD)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(method(iter([b"noise" * 100, b"more"]), metadata=((KEY_HEADER, KEY),)))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "not a Noren message" in caught.value.details() and echo.seen == 0
+        channel.close()
+
+
+def test_a_message_that_drips_is_cut_off(keys: Path) -> None:
+    """A byte now and then, each before the limit, does not hold a place for ever."""
+    with GrpcServer(
+        "127.0.0.1:0", credentials(keys, "server"), lambda owner: Echo(), doors=Doors(stall_seconds=1.0),
+        watch_seconds=0.1,
+    ) as served:  # fmt: skip
+        [frame] = as_bytes(forward())
+
+        def drip() -> Iterator[bytes]:
+            yield frame[:-100]
+            for byte in frame[-100:]:
+                time.sleep(0.2)
+                yield bytes([byte])
+
+        channel = grpc.secure_channel(f"127.0.0.1:{served.port}", credentials(keys, "client").client())
+        started = time.monotonic()
+        with pytest.raises(grpc.RpcError) as caught:
+            list(channel.stream_stream(METHOD)(drip(), metadata=((KEY_HEADER, KEY),)))
+        assert caught.value.code() is grpc.StatusCode.CANCELLED and time.monotonic() - started < 5
         channel.close()
 
 
 def test_the_owner_is_the_certificates_name(keys: Path) -> None:
     owners = []
 
-    def connect(owner: str) -> Echo:
-        owners.append(owner)
+    def connect(owner: Identity) -> Echo:
+        owners.append(owner.name)
         return Echo()
 
     with GrpcServer("127.0.0.1:0", credentials(keys, "server"), connect) as served:
         for name in ("client", "other", "edge"):
             link = GrpcLink(f"127.0.0.1:{served.port}", credentials(keys, name))
-            link(Message(Done()))
+            link(Message(Close()))
             link.close()
     assert owners == ["client", "other", "edge"]
 

@@ -19,13 +19,13 @@ _HOMES = {
     "NorenError": "noren.errors",
     "Plan": "noren.partition.plan",
     "Stage": "noren.partition.stage",
-    "load": "noren.parties.client",
+    "load": "noren.parties.load",
 }
 
 if TYPE_CHECKING:
     from noren.config import Document
     from noren.errors import NorenError
-    from noren.parties.client import load
+    from noren.parties.load import load
     from noren.partition.plan import Plan
     from noren.partition.stage import Stage
     from noren.types import Guard, Handler, Message

@@ -20,6 +20,8 @@ from noren.errors import ConfigError
 from noren.parties.server import Limits
 from noren.training.data import Data
 from noren.training.loop import Training
+from noren.types import Noise
+from noren.wire.settings import Doors, Wire
 
 Task = Literal["causal-lm", "sequence-classification", "question-answering"]
 Dtype = Literal["float32", "bfloat16"]
@@ -52,6 +54,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     adapter: Lora | None = None
     training: Training = Training()
     serve: Limits = Limits()
+    doors: Doors = Doors()
+    wire: Wire = Wire()
+    noise: Noise = Noise()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name):
@@ -152,6 +157,9 @@ def _fields(place: str) -> list[str]:
         "training": Training,
         "serve": Limits,
         "keys": Keys,
+        "doors": Doors,
+        "wire": Wire,
+        "noise": Noise,
     }.get(place)
     if owner is None:
         return []

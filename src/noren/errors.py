@@ -11,7 +11,10 @@
         ├── HandshakeRefused the two sides were set up for different things
         ├── ProtocolError    bytes or fields that are not what the protocol says
         ├── SessionLost      the peer no longer holds what a step builds on; the sender replays or restarts
-        └── OverBudget       the peer's limit of bytes, sessions or time was reached
+        ├── OverBudget       the peer's limit of bytes, sessions or time was reached
+        ├── Overloaded       the peer has too much to do at this moment; it says when to come back
+        ├── Denied           this identity may not do this
+        └── PolicyRefused    the client's own policy forbids what it was asked for; nothing was sent
 
 An error says what is wrong, with the numbers, and what to do. Those below PeerError cross the wire as a code and a
 sentence, and are raised again at the other end as the same class (`to_wire`, `from_wire`).
@@ -68,12 +71,31 @@ class OverBudget(PeerError):
     """A limit of the peer (bytes, sessions, time) was reached."""
 
 
+class Overloaded(PeerError):
+    """The peer has too much to do; the same request may be sent again after `retry_after` seconds."""
+
+    def __init__(self, sentence: str, retry_after: float = 1.0) -> None:
+        super().__init__(sentence)
+        self.retry_after = retry_after
+
+
+class Denied(PeerError):
+    """The peer knows who asks, and that identity may not do this."""
+
+
+class PolicyRefused(PeerError):
+    """The party's own policy forbids what a peer or a run document asks for; no tensor has left."""
+
+
 WIRE_CODES: dict[str, type[PeerError]] = {
     "refused": PeerError,
     "handshake": HandshakeRefused,
     "protocol": ProtocolError,
     "session-lost": SessionLost,
     "over-budget": OverBudget,
+    "overloaded": Overloaded,
+    "denied": Denied,
+    "policy": PolicyRefused,
 }
 
 
@@ -86,10 +108,12 @@ def to_wire(error: BaseException) -> tuple[str, str]:
         if type(error) is cls:
             return code, str(error)
     if isinstance(error, LinkError):
-        return "refused", f"the next party cannot be reached: {error}"
+        return "refused", "the next party cannot be reached; its name and address are in this party's log"
     return "refused", f"internal error ({type(error).__name__}); the peer's log has the details"
 
 
-def from_wire(code: str, sentence: str, peer: str) -> PeerError:
+def from_wire(code: str, sentence: str, peer: str, retry_after: float = 0.0) -> PeerError:
     """Return the error that a peer sent, as the class it had there, naming the peer."""
-    return WIRE_CODES.get(code, PeerError)(f"{peer}: {sentence}")
+    text = f"{peer}: " + "".join(c if c.isprintable() else " " for c in sentence)
+    cls = WIRE_CODES.get(code, PeerError)
+    return Overloaded(text, min(max(retry_after, 0.05), 60.0)) if cls is Overloaded else cls(text)

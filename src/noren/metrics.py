@@ -18,3 +18,8 @@ def peak_memory(pid: int | None = None) -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return int(psutil.Process(pid).memory_info().rss)
+
+
+def current_memory() -> int:
+    """Return the memory of this process that is resident now, in bytes."""
+    return int(psutil.Process().memory_info().rss)

@@ -20,37 +20,92 @@ import msgspec
 if TYPE_CHECKING:
     import torch
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
+Seed = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+Version = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+Base = Annotated[int, msgspec.Meta(ge=-1, lt=1 << 62)]
+Rows = Annotated[list[Count], msgspec.Meta(max_length=65_536)]
+"""One number for each sequence of a batch."""
 Beta = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Amount = Annotated[float, msgspec.Meta(ge=0)]
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the protocol; both ends must have the same."""
+
+Label = Annotated[str, msgspec.Meta(max_length=200)]
+"""A name that a peer chose: a label, never a path."""
 
 
 class Meta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
     """What a message asks or answers, without its tensors. Fields are checked when bytes are decoded."""
 
 
+class Noise(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the client does to every vector before it leaves: clips its L2 norm, adds Gaussian noise.
+
+    Without an accountant this is no guarantee of anything.
+    """
+
+    clip: Amount = 0.0  # most L2 norm of a vector; 0: not clipped
+    scale: Amount = 0.0  # standard deviation of the noise on each coordinate; 0: none
+
+
+class Terms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What two parties agree on before a tensor crosses. A run's terms never change."""
+
+    fingerprint: Label  # of the whole model (see partition.checkpoint.fingerprint)
+    plan: list[str]  # the resolved cut, e.g. ["client 0:2", "server 2:6", "client 6:8"]
+    task: Label  # which head the whole model carries, e.g. "causal-lm"
+    dtype: Label  # of the tensors as each side computes with them, e.g. "bfloat16"
+    lora: str  # canonical JSON of the LoRA settings of the remote stages, "" for none
+    seed: Seed  # initial values of the remote adapters
+    activations: Label = "raw"  # codec of hidden states, both ways (see wire.codecs)
+    delta_bytes: Count = 0  # under "delta", budget of the samples that either end holds; else 0
+    gradients: Label = "raw"  # codec of their gradients
+    noise: Noise = Noise()  # what the client does to what it sends
+    logs: Literal["metadata", "debug"] = "metadata"  # what a party may write down: never contents, unless "debug"
+
+
 class Hello(Meta, frozen=True, kw_only=True, tag="hello"):
     """Client to server, first on every connection: what the client was set up for. Answer: `Welcome`."""
 
     protocol: int
-    run: str  # names this client's adapters and optimiser at the server; unique within the owner
-    fingerprint: str  # of the whole model (see partition.checkpoint.fingerprint)
-    plan: list[str]  # the resolved cut, e.g. ["client 0:2", "server 2:6", "client 6:8"]
-    task: str  # which head the whole model carries, e.g. "causal-lm"
-    dtype: str  # of the tensors that will cross, e.g. "bfloat16"
-    lora: str  # canonical JSON of the LoRA settings of the remote stages, "" for none
-    seed: int  # initial values of the remote adapters
+    run: Label  # names this client's adapters and optimiser at the server; unique within the owner
+    terms: Terms
+    resume: Label = ""  # `Welcome.incarnation` of the state to go on with; without it the run begins anew
 
 
 class Welcome(Meta, frozen=True, kw_only=True, tag="welcome"):
-    """Server to client: accepted. `trainable` counts the parameters that the remote stages train for this run."""
+    """Server to client: accepted. The terms are the server's own, for the client to compare."""
 
-    party: str
-    trainable: int
-    step: int  # optimiser steps already applied to this run's remote adapters
-    incarnation: str  # names this run's state at the server and beyond; another one means that the state was lost
+    protocol: int
+    party: Label
+    terms: Terms
+    adapter: dict[str, list[Count]]  # shapes of what all remote stages train for this run, by the whole model's names
+    step: Count  # optimiser steps already applied to this run's remote adapters
+    incarnation: Label  # resume token: names this run's state, here and beyond; another one means that it was lost
+
+
+class Status(Meta, frozen=True, kw_only=True, tag="status"):
+    """Ask a party how it is. Answer: `Condition`."""
+
+
+class Condition(Meta, frozen=True, kw_only=True, tag="condition"):
+    """How a party is: what it serves, and what it holds for all its clients together."""
+
+    party: Label
+    version: Label
+    protocol: int
+    model: Label  # fingerprint
+    plan: list[str]
+    layers: list[str]  # spans, e.g. ["2:6"]
+    uptime_seconds: Amount
+    draining: bool
+    connections: Count
+    sessions: Count
+    runs: Count
+    cache_bytes: Count
+    journal_bytes: Count
+    rss_bytes: Count
 
 
 class Optimizer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,31 +123,42 @@ class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """One optimiser step to apply before anything else: gradients times `scale`, then the optimiser's rule.
 
     `scale` carries the clipping by the global norm over all stages (and any loss-scale) that the client worked out.
-    Applied once: a repeated `step` is acknowledged without effect. `optimizer` None drops the gradients instead.
+    Applied once: a repeated `step` is acknowledged without effect.
     """
 
     step: Count
     scale: Amount
-    optimizer: Optimizer | None
+    optimizer: Optimizer
+
+
+class Deltas(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a payload of differences says of the samples in it, in their order (see wire.codecs.delta)."""
+
+    samples: list[Count]  # which: a number of the client's choice; no sample twice
+    lengths: list[Count]  # rows of each
+    bases: list[Base]  # version that each builds on; -1: none
+    version: Version  # what all of them are afterwards
 
 
 class Forward(Meta, frozen=True, kw_only=True, tag="forward"):
     """Hidden states of real tokens going up: tensor `hidden` [N, d]. Answer: `Hidden`.
 
     A step is named by (session, start) and may be repeated: the server crops its cache to `start`, then appends.
+    With `deltas`, `hidden` is a payload of differences, uint8; it is the same step as the values that it stands for.
     """
 
-    session: str
+    session: Label  # in training "STEP.N": the N-th forward pass towards optimiser step STEP of the run
     start: Count  # columns of this session that the server must already hold; 0 begins (or replays) it
-    lengths: list[Count]  # real tokens of each sequence in this message; B entries, summing to N
+    lengths: Rows  # real tokens of each sequence in this message; B entries, summing to N
     padding: Literal["left", "right"]  # where the pads of the ragged batch were
     positions: Literal["row", "column"] = "row"  # do positions count from a row's first token or the first column?
-    rows: list[Count] | None = None  # first reorder the session's sequences so (beam search), B entries
+    rows: Rows | None = None  # first reorder the session's sequences so (beam search), B entries
     keep: Count = 0  # only the last `keep` columns are wanted back; 0 means all
     train: bool = False  # keep the graph for a `Backward` of the same session; no cache
     dropout: bool = False  # the client's model is in training mode: the stage's dropouts are on
     update: Update | None = None
-    ended: list[str] = []  # sessions that the client no longer needs
+    ended: Annotated[list[Label], msgspec.Meta(max_length=4096)] = []  # sessions that the client no longer needs
+    deltas: Deltas | None = None  # in training, under the codec "delta": what `hidden` is a difference from
 
 
 class Hidden(Meta, frozen=True, kw_only=True, tag="hidden"):
@@ -107,7 +173,7 @@ class Hidden(Meta, frozen=True, kw_only=True, tag="hidden"):
 class Backward(Meta, frozen=True, kw_only=True, tag="backward"):
     """Gradient of the loss with respect to `Hidden.hidden`: tensor `gradient` of its shape. Answer: `Gradient`."""
 
-    session: str
+    session: Label
     discard: bool = False  # first drop what was accumulated: the client cleared its gradients without a step
 
 
@@ -141,7 +207,7 @@ class Push(Meta, frozen=True, kw_only=True, tag="push"):
 class State(Meta, frozen=True, kw_only=True, tag="state"):
     """The remote adapters after `step` steps. Tensors: name in the whole model: values; `optimizer/...`: moments."""
 
-    step: int
+    step: Count
 
 
 class Close(Meta, frozen=True, kw_only=True, tag="close"):
@@ -153,7 +219,7 @@ class Close(Meta, frozen=True, kw_only=True, tag="close"):
 class Done(Meta, frozen=True, kw_only=True, tag="done"):
     """It is done."""
 
-    step: int = 0
+    step: Count = 0
 
 
 class Failure(Meta, frozen=True, kw_only=True, tag="failure"):
@@ -161,9 +227,13 @@ class Failure(Meta, frozen=True, kw_only=True, tag="failure"):
 
     code: str
     sentence: str
+    retry_after: Amount = 0.0  # seconds; above 0, the same request may be sent again then
 
 
-AnyMeta = Hello | Welcome | Forward | Hidden | Backward | Gradient | Step | Pull | Push | State | Close | Done | Failure
+AnyMeta = (
+    Hello | Welcome | Status | Condition | Forward | Hidden | Backward | Gradient | Step | Pull | Push | State | Close
+    | Done | Failure
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +254,9 @@ Handler = Callable[[Message], Message]
 
 Guard = Callable[[Message, Handler], Message]
 """Wraps a Handler: may change or refuse what goes out, and what comes back."""
+
+Release = Callable[[Message], Message]
+"""What is done once to a message before it leaves its party, however often it is then sent (see privacy.release)."""
 
 
 def guarded(handler: Handler, *guards: Guard) -> Handler:

@@ -93,14 +93,18 @@ def load_settings(folder: Path) -> Lora:
 
 
 class replacing:
-    """A context manager: a draft folder that takes the place of `folder` when the block ends without an error."""
+    """A context manager: a draft folder that takes the place of `folder` when the block ends without an error.
+
+    What a process that was killed in the middle has left is put right by the next one (see `settle`).
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def __enter__(self) -> Path:
         self._folder.parent.mkdir(parents=True, exist_ok=True)
-        self._draft = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}-", dir=self._folder.parent))
+        settle(self._folder)
+        self._draft = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}-draft-", dir=self._folder.parent))
         self._draft.chmod(0o755)
         return self._draft
 
@@ -108,17 +112,39 @@ class replacing:
         if kind is not None:
             shutil.rmtree(self._draft, ignore_errors=True)
             return
-        for path in self._draft.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        old = None
+        for path in (*self._draft.rglob("*"), self._draft):
+            _sync(path)
+        old = _old(self._folder)
         if self._folder.exists():
-            old = self._folder.with_name(f".{self._folder.name}-old-{os.getpid()}")
             os.replace(self._folder, old)
         os.replace(self._draft, self._folder)
-        if old is not None:
+        _sync(self._folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def settle(folder: Path) -> None:
+    """Put right what a process that was killed while it replaced `folder` has left: the earlier folder, or drafts."""
+    old = _old(folder)
+    if old.is_dir():
+        if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, folder)
+    for draft in folder.parent.glob(f".{folder.name}-draft-*"):
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}-old")
+
+
+def _sync(path: Path) -> None:
+    """Let a file, or the names in a folder, outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def same_values(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

@@ -20,7 +20,7 @@ from noren.cli.generate import (
     sampling,
     tokenized,
 )
-from noren.cli.show import RunFile, say
+from noren.cli.show import Insecurely, RunFile, say
 
 Turn = tuple[str, str]
 """Role and content."""
@@ -40,6 +40,7 @@ def chat(
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
+    insecure: Insecurely = False,
 ) -> None:
     """Talk to the model. A model without a chat template continues what is typed, each line on its own."""
     from transformers import TextStreamer
@@ -52,7 +53,7 @@ def chat(
     folder = chosen_adapter(document, adapter, no_adapter)
     tokenizer = load_tokenizer(document.model)
     talks = bool(tokenizer.chat_template) or turns
-    with open_client(document, folder).model as model:
+    with open_client(document, folder, insecure=insecure).model as model:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         settings = sampling(temperature, top_p, document.run.seed if seed is None else seed)
         if turns and not tokenizer.chat_template:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from noren.cli.show import AsJson, RunFile, say
+from noren.cli.show import AsJson, Insecurely, RunFile, say
 
 if TYPE_CHECKING:
     from noren.config import Document
@@ -37,6 +37,7 @@ def generate(
     top_p: TopP = None,
     num_beams: Annotated[int, typer.Option(min=1, help="Continuations to keep in the search.")] = 1,
     seed: Seed = None,
+    insecure: Insecurely = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt, and print what follows it."""
@@ -46,7 +47,7 @@ def generate(
     document = Document.read(run)
     folder = chosen_adapter(document, adapter, no_adapter)
     tokenizer = load_tokenizer(document.model)
-    client = open_client(document, folder)
+    client = open_client(document, folder, insecure=insecure)
     with client.model as model:
         inputs = tokenized(tokenizer, prompt, model, max_new_tokens)
         settings = sampling(temperature, top_p, document.run.seed if seed is None else seed)
@@ -86,15 +87,16 @@ def chosen_adapter(document: Document, adapter: Path | None, no_adapter: bool) -
     return adapter
 
 
-def open_client(document: Document, adapter: Path | None) -> Client:
+def open_client(document: Document, adapter: Path | None, *, insecure: bool) -> Client:
     """Connect, with the adapter or with the base model alone."""
     import msgspec
 
     from noren.config import Document
-    from noren.parties.client import connect
+    from noren.parties.load import connect
 
     settings = document.run.adapter if adapter else None
-    return connect(Document(msgspec.structs.replace(document.run, adapter=settings), document.base), adapter)
+    own = Document(msgspec.structs.replace(document.run, adapter=settings), document.base)
+    return connect(own, adapter, insecure=insecure)
 
 
 def tokenized(tokenizer: Any, text: str, model: Any, more: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`noren keys`: make the authority of a federation, issue certificates from it, list them."""
+"""`noren keys`: make the authority of a federation, issue certificates from it, list and revoke them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def issue(
         list[str] | None,
         typer.Option(help="DNS name or IP address of a server or edge; repeat it. Default: loopback."),
     ] = None,
-    days: Annotated[float, typer.Option(help="How long the certificate is valid.")] = 30,
+    days: Annotated[float, typer.Option(help="How long the certificate is valid.")] = identity.LEAF_DAYS,
     folder: Folder = Path("keys"),
 ) -> None:
     """Issue a certificate and its private key; an earlier pair of that name is replaced."""
@@ -62,12 +62,39 @@ def issue(
     _say(f"{certificate.with_suffix('.key')}: its private key; only {name} needs it")
 
 
+@app.command("revoke")
+def revoke(
+    name: Annotated[str, typer.Argument(help="The party's name.")],
+    folder: Folder = Path("keys"),
+) -> None:
+    """Revoke all certificates of a party that have not expired."""
+    serials = identity.revoke(folder, name)
+    if not serials:
+        _say(f"{name} has no certificate that has neither expired nor been revoked: nothing was changed")
+        return
+    for serial in serials:
+        _say(f"revoked {serial} of {name}")
+    _say(f"{folder / 'crl.pem'}: copy it beside ca.crt on each server; there it ends {name}'s connections in seconds")
+    _say(f"to let {name} in again, issue it a new certificate")
+
+
+@app.command("roll")
+def roll(folder: Folder = Path("keys")) -> None:
+    """Make a new authority; the old one's certificates stay valid until they expire."""
+    end = identity.roll_over(folder)
+    _say(f"1. {folder / 'ca.crt'} holds the new authority and the old: give it to every party, by a safe way")
+    _say("2. after that, issue each party's certificate again: new ones are the new authority's")
+    _say(f"the old authority is trusted until {end:%Y-%m-%d %H:%M} UTC; to end that sooner, take its certificate (the")
+    _say("second) out of every ca.crt once no party uses one that it issued")
+    _say(f"{folder / 'ca-old.key'}: keep it here; revoking what the old authority issued needs it")
+
+
 @app.command("list")
 def list_(
     folder: Folder = Path("keys"),
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array.")] = False,
 ) -> None:
-    """List the certificates issued."""
+    """List the certificates issued, also those that others have replaced, until they expire."""
     rows = identity.listing(folder)
     if as_json:
         records = [dataclasses.asdict(row) | {"not_after": row.not_after.isoformat()} for row in rows]
@@ -75,6 +102,6 @@ def list_(
         return
     table = Table("name", "role", "valid until", Column("serial", overflow="fold"), box=None)
     for row in rows:
-        until = f"{row.not_after:%Y-%m-%d %H:%M} UTC" + (" (expired)" if row.expired else "")
-        table.add_row(row.name, row.role, until, row.serial)
+        state = " (revoked)" if row.revoked else " (expired)" if row.expired else ""
+        table.add_row(row.name, row.role, f"{row.not_after:%Y-%m-%d %H:%M} UTC{state}", row.serial)
     Console(highlight=False).print(table)

@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 from noren import __version__
 from noren.errors import ConfigError, LinkError, ModelError, NorenError, PeerError
 
-COMMANDS = ("plan", "check", "slice", "serve", "train", "generate", "chat", "demo")
+COMMANDS = ("plan", "check", "slice", "serve", "status", "train", "generate", "chat", "demo")
 """Each is the function of that name in the module of that name, in this package."""
 
 EXIT_CODES: tuple[tuple[type[NorenError], int], ...] = (
@@ -85,6 +85,7 @@ def quiet(verbose: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
+    logging.getLogger("noren").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
 
 

@@ -46,7 +46,31 @@ def as_record(cost: Cost) -> dict[str, Any]:
     """Return a cost as JSON can hold it; the plan as its resolved lines."""
     shallow = {field.name: getattr(cost, field.name) for field in dataclasses.fields(cost)}
     rows = {name: [dataclasses.asdict(row) for row in shallow[name]] for name in ("parties", "crossings")}
-    return shallow | rows | {"plan": cost.plan.lines(), "layers": cost.plan.layers}
+    return shallow | rows | {"plan": cost.plan.lines(), "layers": cost.plan.layers, "codecs": codec_bytes(cost)}
+
+
+def codec_bytes(cost: Cost) -> dict[str, dict[str, float]]:
+    """Return, for each codec, the bytes that cross one line: of a generated token, and of a training step.
+
+    The step has the codec for activations and for gradients. "at_most": the codec's size depends on the values.
+    """
+    import torch
+
+    from noren.wire.codecs import CODECS
+
+    dtype = getattr(torch, cost.dtype)
+    line, width, tokens = cost.crossings[0], cost.hidden_size, cost.batch * cost.length
+    back = line.token_bytes // dtype.itemsize - width  # elements of an answer to one token
+    rows = (line.step_bytes // (2 * dtype.itemsize) - tokens * width) // back
+    out = {}
+    for name, codec in CODECS.items():
+        token = codec.size([1, width], dtype) + codec.size([1, back], dtype)
+        step = 2 * (codec.size([tokens, width], dtype) + codec.size([rows, back], dtype))
+        out[name] = {
+            "token_bytes": token, "step_bytes": step, "of_raw": round(step / line.step_bytes, 4),
+            "at_most": not codec.fixed,
+        }  # fmt: skip
+    return out
 
 
 def _print(cost: Cost) -> None:
@@ -71,5 +95,11 @@ def _print(cost: Cost) -> None:
             f"{line.sender} <-> {line.receiver}: {bytes_of(line.token_bytes)} and {cost.token_round_trips} round trip "
             f"a generated token, {bytes_of(line.step_bytes)} and {cost.step_round_trips} round trips a training step"
         )
+    codecs = Table("codec", *(Column(name, justify="right") for name in ("a token", "a step", "of raw")), box=None)
+    for name, row in codec_bytes(cost).items():
+        most = "<= " if row["at_most"] else ""
+        codecs.add_row(name, bytes_of(row["token_bytes"]), most + bytes_of(row["step_bytes"]), f"{row['of_raw']:.1%}")
+    Console(highlight=False).print(codecs)
+    say("codecs: wire.activations and wire.gradients of the run document; what crosses one line with both set to it")
     if any(party.adapter_parameters is None for party in cost.parties):
         say("LoRA: no default targets for this architecture; name them as adapter.targets")

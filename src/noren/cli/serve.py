@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from noren.cli.show import AsJson, RunFile, count_of, say
+from noren.cli.show import AsJson, Insecurely, RunFile, count_of, say
 
 if TYPE_CHECKING:
     from noren.config import Document
-    from noren.parties.server import Following
+    from noren.parties.runs import Following, Greet, Greeted
+    from noren.parties.server import SpanServer
     from noren.partition.plan import Plan
     from noren.types import Handler, Message
-
-EDGE_WORKERS = 16
-"""Threads of a party that waits for the next one. A last party only computes, one thing at a time: one thread, so that
-freed activations of one step are used again by the next, whoever's it is."""
+    from noren.wire.envelope import Expect
+    from noren.wire.observe import Observed
 
 
 def serve(
@@ -28,6 +29,11 @@ def serve(
     party: Annotated[str, typer.Option(help="Which party of the plan to be.")],
     listen: Annotated[str, typer.Option(help="host:port (port 0: any); default: the party's address in [links].")] = "",
     device: Annotated[str, typer.Option(help='Where to compute; default: "device" of the run document.')] = "",
+    metrics: Annotated[
+        str, typer.Option(help='Show Prometheus metrics at "host:port" (":port": this machine only).')
+    ] = "",
+    log_json: Annotated[bool, typer.Option("--log-json", help="Write logs as JSON, one object a line.")] = False,
+    insecure: Insecurely = False,
     as_json: AsJson = False,
 ) -> None:
     """Serve one party's layers. Prints one line when it is ready; Ctrl-C or SIGTERM ends it."""
@@ -38,6 +44,9 @@ def serve(
     from noren.parties.server import SpanServer
     from noren.partition.stage import Stage, open_slice
     from noren.wire.grpc_server import GrpcServer
+    from noren.wire.journal import Journal
+    from noren.wire.logs import setup_logs
+    from noren.wire.observe import Observed, serve_metrics
 
     document = Document.read(run)
     settings = document.run
@@ -46,7 +55,7 @@ def serve(
         what = "is the client, which is not served" if party in names else "has no layers in the plan"
         raise PlanError(f"plan: {party!r} {what}; --party can be {', '.join(names[1:])}")
     address = listen or settings.links.get(party, "")
-    credentials = credentials_for(document, party)
+    credentials = credentials_for(document, party, insecure=insecure)
     credentials.check("server")
     part = open_slice(document.model, settings.plan, party, settings.task)
     if not address:
@@ -57,13 +66,30 @@ def serve(
     import torch
 
     stage = Stage(part, getattr(torch, settings.dtype)).to(place)
-    onward = following(document, part.plan, party)
-    server = SpanServer(stage, lora=settings.adapter, limits=settings.serve, following=onward)
+    onward = following(document, part.plan, party, insecure=insecure)
+    if log_json:
+        logging.getLogger("noren").setLevel(min(logging.INFO, logging.getLogger("noren").getEffectiveLevel()))
+    setup_logs(log_json, logging.getLogger("noren").getEffectiveLevel())
+    observed = Observed()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    workers = 1 if onward is None else EDGE_WORKERS
-    with GrpcServer(address, credentials, server.connect, tick=server.expire, workers=workers) as listening:
+    with ExitStack() as stack:
+        journal = None
+        if settings.serve.journal:
+            folder = document.path(settings.serve.journal.replace("{party}", party))
+            journal = stack.enter_context(Journal(folder, max_bytes=settings.serve.journal_bytes))
+        server = SpanServer(stage, lora=settings.adapter, limits=settings.serve, following=onward, journal=journal)
+        stack.callback(server.close)
+        observe(observed, server)
+        if metrics:
+            stack.enter_context(serve_metrics(metrics, observed))
+        listening = stack.enter_context(
+            GrpcServer(
+                address, credentials, server.connect, doors=settings.doors, tick=server.expire,
+                keepalive=settings.wire.keepalive_seconds, observed=observed,
+            )
+        )  # fmt: skip
         at = f"{address.rpartition(':')[0]}:{listening.port}"
         layers = ", ".join(f"{span.start}:{span.end}" for span in part.plan.remote if span.party == party)
         count = sum(tensor.numel() for tensor in part.tensors.values())
@@ -74,17 +100,28 @@ def serve(
             print(f"ready: {party} on {at} (layers {layers}, {count_of(count)} parameters)", flush=True)
         while not stop.wait(timeout=0.5):  # a wait without end can miss a signal
             pass
+        server.draining = True
     if not as_json:
         say("stopped")
 
 
-def following(document: Document, plan: Plan, party: str) -> Following | None:
+def observe(observed: Observed, server: SpanServer) -> None:
+    """Let the figures of a party be read."""
+    for name in ("sessions", "runs", "cache_bytes", "journal_bytes"):
+        observed.watch(f"noren_{name}", lambda name=name: getattr(server.condition(), name))  # type: ignore[misc]
+    observed.watch("noren_steps_total", lambda: server.steps)
+
+
+def following(document: Document, plan: Plan, party: str, *, insecure: bool) -> Following | None:
     """Return what opens a line to the party after `party` for each client's run; None for the last one.
 
     Raises ConfigError if that party's address is not known, or the certificate cannot be used for connecting to it.
     """
+    import msgspec
+
     from noren.errors import ConfigError
     from noren.parties.client import credentials_for
+    from noren.types import Hello
     from noren.wire.grpc_link import GrpcLink
 
     names = [span.party for span in plan.remote]
@@ -94,10 +131,15 @@ def following(document: Document, plan: Plan, party: str) -> Following | None:
     address = document.run.links.get(following)
     if address is None:
         raise ConfigError(f"links: no address for {following!r}, which comes after {party!r}; add it under [links]")
-    credentials = credentials_for(document, party)
+    credentials = credentials_for(document, party, insecure=insecure)
     credentials.check("client")
 
-    def line(greet: Callable[[], Message], greeted: Callable[[Message], Iterable[Message]]) -> Handler:
-        return GrpcLink(address, credentials, greet=greet, greeted=greeted)
+    def line(greet: Greet, greeted: Greeted, expect: Callable[[Message], Expect]) -> Handler:
+        hello = greet().meta
+        assert isinstance(hello, Hello)
+        wire = msgspec.structs.replace(
+            document.run.wire, activations=hello.terms.activations, gradients=hello.terms.gradients
+        )
+        return GrpcLink(address, credentials, greet=greet, greeted=greeted, expect=expect, wire=wire)
 
     return line

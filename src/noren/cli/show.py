@@ -28,6 +28,9 @@ class DtypeName(StrEnum):
 Model = Annotated[str, typer.Argument(help='A model folder, a URL of one, a hub id, or "embedded".')]
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run document.")]
 Task = Annotated[TaskName, typer.Option(help="Which head the whole model carries.")]
+Insecurely = Annotated[
+    bool, typer.Option("--insecure", help="No TLS: plain text, and nobody's identity is checked. Warns every time.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 

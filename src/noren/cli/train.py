@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from noren.cli.show import AsJson, RunFile, bytes_of, say
+from noren.cli.show import AsJson, Insecurely, RunFile, bytes_of, say
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -24,6 +24,7 @@ PLAIN_LINES = 20
 def train(
     run: RunFile,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's checkpoint.")] = False,
+    insecure: Insecurely = False,
     as_json: AsJson = False,
 ) -> None:
     """Train as the run document says. Ctrl-C finishes the step, writes a checkpoint and says how to go on."""
@@ -32,10 +33,10 @@ def train(
 
     document = Document.read(run)
     if as_json:
-        done = train_run(document, resume=resume, report=_print_json)
+        done = train_run(document, resume=resume, insecure=insecure, report=_print_json)
     else:
         with _Bar() as bar:
-            done = train_run(document, resume=resume, report=bar)
+            done = train_run(document, resume=resume, insecure=insecure, report=bar)
     if as_json:
         print(json.dumps(summary(done)), flush=True)
     else:

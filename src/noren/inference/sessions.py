@@ -52,7 +52,7 @@ class Sessions:
 
     def nbytes(self, owner: str | None = None) -> int:
         """Bytes of keys and values held, of one owner or of all."""
-        return sum(s.nbytes for key, s in self._sessions.items() if owner in (None, key[0]))
+        return sum(s.nbytes for key, s in list(self._sessions.items()) if owner in (None, key[0]))
 
     @torch.inference_mode()
     def step(self, key: Key, frame: Frame, start: int, rows: list[int] | None) -> Tensor:
@@ -94,10 +94,17 @@ class Sessions:
         if rows is not None:
             if not rows or not 0 <= min(rows) <= max(rows) < len(session.mask):
                 raise ProtocolError(f"rows {rows[:8]} are not among the session's {len(session.mask)} sequences")
+            self._check_growth(session, len(rows))
             order = torch.tensor(rows, device=session.mask.device)
             cache.reorder_cache(order)
             session.mask = session.mask[order]
         return session
+
+    def _check_growth(self, session: Session, rows: int) -> None:
+        """Raise OverBudget before a session of repeated sequences would take more than one owner may have."""
+        grown = session.nbytes // max(len(session.mask), 1) * rows
+        if grown > self._limit:
+            raise OverBudget(f"{rows} sequences would need {grown} bytes of cache, the limit is {self._limit}")
 
     def _make_room(self, owner: str, wanted: int) -> None:
         if wanted > self._limit:
@@ -116,9 +123,11 @@ class Sessions:
 
     def end(self, owner: str, run: str, session: str | None = None) -> None:
         """Drop one session, or all of a run."""
-        for key in list(self._sessions):
-            if key[:2] == (owner, run) and session in (None, key[2]):
-                del self._sessions[key]
+        if session is not None:
+            self._sessions.pop((owner, run, session), None)
+            return
+        for key in [key for key in self._sessions if key[:2] == (owner, run)]:
+            del self._sessions[key]
 
 
 def cache_bytes(cache: DynamicCache) -> int:

@@ -1,19 +1,17 @@
 """The party that owns the data: its model, its line to the others, its adapters.
 
-`load` is the one way in. What it returns is an ordinary transformers model that can also be closed.
+What it is given to use is an ordinary transformers model that can also be closed (see parties.load).
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import uuid
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -21,18 +19,26 @@ from noren.adapters import checkpoint as peft_folder
 from noren.adapters import lora as adapters
 from noren.adapters.lora import Lora
 from noren.config import Document
-from noren.errors import ConfigError, LinkError, ModelError, PeerError, ProtocolError, SessionLost
+from noren.errors import ConfigError, HandshakeRefused, LinkError, ModelError, PeerError, ProtocolError, SessionLost
 from noren.parties import fitness
 from noren.parties.labels import set_labels
+from noren.parties.policy import Policy, read_policy
+from noren.parties.remote_state import RemoteState
 from noren.partition.blocks import tail_module
 from noren.partition.client import build_client, remote_span, whole_name
 from noren.partition.remote import RemoteSpan
-from noren.partition.stage import Slice, new_heads, open_slice
+from noren.partition.stage import new_heads, open_slice
+from noren.privacy.release import Releases
 from noren.training.loop import Remote
-from noren.types import PROTOCOL, Close, Done, Handler, Hello, Message, Pull, Push, State, Welcome
-from noren.wire.grpc_link import GrpcLink
-from noren.wire.identity import Credentials
+from noren.types import PROTOCOL, Close, Done, Handler, Hello, Message, Pull, Push, State, Terms, Welcome, guarded
+from noren.wire.codecs.delta import DeltaSender
+from noren.wire.envelope import Expect
+from noren.wire.grpc_link import GrpcLink, any_answer
+from noren.wire.identity import Credentials, Insecure
+from noren.wire.journal import Journal
 from noren.wire.local import LocalLink
+from noren.wire.schema import Schema
+from noren.wire.settings import DELTA
 from noren.wire.traffic import Traffic
 
 ADAPTER = "default"
@@ -49,56 +55,12 @@ def pick_device(wanted: str) -> torch.device:
         raise ConfigError(f"device {wanted!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def credentials_for(document: Document, party: str) -> Credentials:
-    """Return the certificate that a party of the run presents."""
+def credentials_for(document: Document, party: str, *, insecure: bool = False) -> Credentials | Insecure:
+    """Return the certificate that a party of the run presents; with `insecure`, none: the line is plain text."""
+    if insecure:
+        return Insecure()
     folder, name = document.path(document.run.keys.dir), document.run.keys.name or party
     return Credentials(ca=folder / "ca.crt", certificate=folder / f"{name}.crt", key=folder / f"{name}.key")
-
-
-def load(
-    source: str | Path, *, adapter: str | Path | None = None, handler: Handler | None = None, **fields: Any
-) -> Any:
-    """Return the client's model, connected: an object of transformers' own class for the architecture and task.
-
-    Args:
-        source: a run document (`*.toml`), or a model (folder, hub id, URL, "embedded").
-        adapter: a PEFT folder to load into all parties' layers.
-        handler: answers in place of the network (a `LocalLink` to a server in this process).
-        fields: with a model as source, the fields of a run document: plan, links, keys, task, dtype, ...; with a
-            document, fields that replace its own.
-
-    `with` (or `close()`) ends its sessions at the servers. Raises ConfigError, ModelError, UnfitModel, LinkError,
-    or PeerError.
-    """
-    text = str(source)
-    if text.endswith(".toml"):
-        document = Document.read(Path(text))
-        if fields:
-            values = msgspec.to_builtins(document.run) | fields
-            document = Document.of({k: v for k, v in values.items() if v is not None}, document.base)
-    else:
-        document = Document.of({"model": text, **fields}, Path.cwd())
-    return connect(document, Path(adapter) if adapter is not None else None, handler).model
-
-
-def connect(document: Document, adapter: Path | None = None, handler: Handler | None = None) -> Client:
-    """Return a client under a run name of its own, so that a training run of the same document is left alone.
-
-    `adapter` is a PEFT folder to load; a classifier's labels are read from `labels.json` beside it, if there.
-    """
-    name = f"{document.run.name[:40]}.use-{uuid.uuid4().hex[:12]}"
-    labels = None
-    if adapter is not None and (named := adapter.resolve().parent / "labels.json").is_file():
-        labels = json.loads(named.read_text(encoding="utf-8"))
-    own = Document(msgspec.structs.replace(document.run, name=name), document.base)
-    client = Client(own, handler, labels=labels)
-    if adapter is not None:
-        try:
-            client.load_adapter(adapter)
-        except BaseException:
-            client.close()
-            raise
-    return client
 
 
 class Client:
@@ -111,6 +73,10 @@ class Client:
         *,
         labels: list[str] | None = None,
         pad_id: int | None = None,
+        policy: Policy | None = None,
+        journal: Journal | None = None,
+        resume: str = "",
+        insecure: bool = False,
     ) -> None:
         run = document.run
         self.document, self.lora = document, run.adapter
@@ -118,22 +84,36 @@ class Client:
         fitness.require(self.part.whole, run.task, self.part.location)
         if labels:
             set_labels(self.part, labels, pad_id)
-        self._closed = False
+        self.policy = policy if policy is not None else read_policy()
+        self.policy.check_run(self.part.plan, self.part.fingerprint, run.noise)
+        self.journal, self._resume, self._insecure = journal, resume, insecure
+        self._schema: Schema | None = None
+        self._closed, self._lost = False, ""
         self._pushed: tuple[dict[str, Tensor], int] | None = None
         device = pick_device(run.device)
         self.link = self._connect(handler)
-        self.welcome = self._greet()
+        try:
+            self._enter(self._greet())
+        except BaseException:
+            self.link.close()
+            raise
         try:
             self._build(device)
         except BaseException:
-            self._abandon()
+            self._abandon(resumed=bool(resume))
             raise
 
     def _build(self, device: torch.device) -> None:
         """Build the model around the connection."""
         run = self.document.run
-        self.hf = build_client(self.part, self.ask, getattr(torch, run.dtype), run.seed).to(device)
+        delta = DeltaSender(run.wire.delta_bytes) if run.wire.activations == DELTA else None
+        self.releases = Releases(
+            run.noise, most=self.policy.most_vectors, journal=self.journal, run=run.name, delta=delta
+        )
+        ask = guarded(self.ask, self.releases.compactly)
+        self.hf = build_client(self.part, ask, getattr(torch, run.dtype), run.seed).to(device)
         self.span: RemoteSpan = remote_span(self.hf)
+        self.span.release = self.releases
         if self.lora is not None:
             self._add_adapters(self.lora)
         else:
@@ -141,21 +121,29 @@ class Client:
         self.hf.__class__ = type(type(self.hf).__name__, (Closing, type(self.hf)), {"client": self})
         self.model: Any = self.hf
 
-    def _abandon(self) -> None:
-        """Leave nothing at the server of a client that could not be built."""
+    def _abandon(self, *, resumed: bool) -> None:
+        """Leave nothing at the server of a client that could not be built, but a run that it came back to."""
         with suppress(LinkError, PeerError):
-            self.link(Message(Close()))
+            if not resumed:
+                self.link(Message(Close()))
         self.link.close()
 
     def _connect(self, handler: Handler | None) -> GrpcLink | LocalLink:
         if handler is not None:
-            return LocalLink(handler)
+            return LocalLink(handler, wire=self.document.run.wire, expect=self._expect)
         party = self.part.plan.remote[0].party
         address = self.document.run.links.get(party)
         if address is None:
             raise ConfigError(f'links: no address for the party {party!r}; add `{party} = "host:port"` under [links]')
-        credentials = credentials_for(self.document, self.part.party)
-        return GrpcLink(address, credentials, greet=self.hello, greeted=self._reconnected)
+        credentials = credentials_for(self.document, self.part.party, insecure=self._insecure)
+        return GrpcLink(
+            address, credentials, greet=self.hello, greeted=self._reconnected, expect=self._expect,
+            wire=self.document.run.wire,
+        )  # fmt: skip
+
+    def _expect(self, asked: Message) -> Expect:
+        """What the answer to a message may look like: before the handshake is over, only what has no tensors."""
+        return any_answer(asked) if self._schema is None else self._schema.answer(asked)
 
     def hello(self) -> Message:
         """The handshake's first message: what this client was set up for."""
@@ -164,48 +152,83 @@ class Client:
             Hello(
                 protocol=PROTOCOL,
                 run=run.name,
-                fingerprint=self.part.fingerprint,
-                plan=self.part.plan.lines(),
-                task=run.task,
-                dtype=run.dtype,
-                lora=self.lora.canonical() if self.lora else "",
-                seed=run.seed,
+                terms=Terms(
+                    fingerprint=self.part.fingerprint, plan=self.part.plan.lines(), task=run.task, dtype=run.dtype,
+                    lora=self.lora.canonical() if self.lora else "", seed=run.seed,
+                    activations=run.wire.activations, gradients=run.wire.gradients, noise=run.noise,
+                    delta_bytes=run.wire.delta_bytes if run.wire.activations == DELTA else 0,
+                ),
+                resume=self._resume,
             )
-        )
+        )  # fmt: skip
 
     def _greet(self) -> Welcome:
-        answer = self.link(self.hello()).meta
-        if not isinstance(answer, Welcome):
-            raise ProtocolError(f"the peer answered a hello with {type(answer).__name__}")
-        return answer
+        return self._accepted(self.link(self.hello()))
+
+    def _enter(self, welcome: Welcome) -> None:
+        """Go on from what the remote parties hold now."""
+        self.welcome, self._resume = welcome, welcome.incarnation
+
+    def _accepted(self, answer: Message) -> Welcome:
+        """Judge a welcome: the same terms as asked for, and nothing that the policy forbids."""
+        welcome, hello = answer.meta, self.hello().meta
+        if not isinstance(welcome, Welcome):
+            raise ProtocolError(f"the peer answered a hello with {type(welcome).__name__}")
+        assert isinstance(hello, Hello)
+        self.policy.check_welcome(hello.terms, welcome, self.part.plan)
+        schema = Schema(
+            dtype=self.document.run.dtype, width=self._width, back=self._width if self.part.plan.u_shaped else None,
+            activations=hello.terms.activations, gradients=hello.terms.gradients, adapter=welcome.adapter,
+            tokens=1 << 30,
+        )  # fmt: skip
+        if self._schema is not None and schema != self._schema:
+            raise HandshakeRefused(f"{self.link_name} now offers other adapters than before; start the run again")
+        self._schema = schema
+        return welcome
+
+    @property
+    def _width(self) -> int:
+        return int(self.part.whole.hidden_size)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that the remote stages train for this run."""
+        return sum(math.prod(shape) for shape in self.welcome.adapter.values())
 
     def ask(self, message: Message) -> Message:
         """The Handler of the client's model: the link, and what to do when a party beyond it lost the run's state."""
         if self._closed:
             raise ConfigError("this model was closed; load it again")
+        if self._lost:
+            raise SessionLost(self._lost)
         try:
             return self.link(message)
         except SessionLost:
-            for more in self._reconnected(self.link(self.hello())):
+            welcome = self.link(self.hello())
+            try:
+                further = self._reconnected(welcome)
+            except SessionLost as error:
+                self._lost = str(error)  # a step sent again must not begin the new, empty run there
+                raise
+            for more in further:
                 self.link(more)
             raise
 
     def _reconnected(self, answer: Message) -> tuple[Message, ...]:
         """Check that the remote parties still hold this run; returns what sets it right. Raises SessionLost."""
-        welcome = answer.meta
-        assert isinstance(welcome, Welcome)
+        welcome = self._accepted(answer)
         if welcome.incarnation == self.welcome.incarnation:
             return ()
         steps = self.span.steps
         if self._pushed is not None and self._pushed[1] == steps.applied and steps.idle:
-            self.welcome = welcome
+            self._enter(welcome)
             return (Message(Push(step=self._pushed[1]), self._pushed[0]),)
         if steps.applied or not steps.idle:
             raise SessionLost(
                 f"{self.link_name} was restarted and lost the adapter that it was training (after step "
                 f"{self.span.steps.applied}); continue from the last checkpoint with `noren train --resume`"
             )
-        self.welcome = welcome
+        self._enter(welcome)
         return ()
 
     @property
@@ -222,7 +245,9 @@ class Client:
         if lora.trained_by(self.part.party):
             heads = new_heads(self.part, self.hf) if self.part.plan.u_shaped else set()
             adapters.inject(self.hf, lora, self.part.party, self.part.config.model_type, ADAPTER, run.seed, heads)
-        if self.welcome.trainable:
+            own = (self.whole_name(name) for name, _ in adapters.adapter_parameters(self.hf, ADAPTER))
+            self.policy.check_own_adapter(own)
+        if self.trainable:
             self.span.train_remote()
             self.span.steps.applied = self.welcome.step
 
@@ -233,13 +258,14 @@ class Client:
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapters of all parties, under the whole model's names."""
         own = adapters.adapter_state(self.hf, ADAPTER, self.whole_name)
-        remote = self._pull(optimizer=False)
+        remote = self.pull(optimizer=False)
         if twice := own.keys() & remote.keys():
             raise ProtocolError(f"the peer answers for {min(twice)!r}, which is the client's own")
         return own | remote
 
-    def _pull(self, *, optimizer: bool) -> dict[str, Tensor]:
-        if not self.welcome.trainable:
+    def pull(self, *, optimizer: bool) -> dict[str, Tensor]:
+        """Return the remote adapters under the whole model's names, with `optimizer` also its moments."""
+        if not self.trainable:
             return {}
         self.span.flush()
         reply = self.link(Message(Pull(optimizer=optimizer)))
@@ -250,11 +276,13 @@ class Client:
                 raise ProtocolError(f"the peer's adapter tensor {name[:80]!r} is not finite")
         return dict(reply.tensors)
 
-    def _push(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        if self.welcome.trainable:
+    def push(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Set the remote adapters as `pull` gave them, as those after `step` steps."""
+        if self.trainable:
             if not isinstance(self.link(Message(Push(step=step), tensors)).meta, Done):
                 raise ProtocolError("the peer did not confirm new adapters")
             self.span.steps.restart(step)
+            self._lost = ""
             self._pushed = (dict(tensors), step)
 
     def save_adapter(self, folder: Path) -> Path:
@@ -278,18 +306,18 @@ class Client:
                 f"r = {self.lora.r}, alpha = {self.lora.alpha:g}"
             )
         own = {self.whole_name(n) for n, _ in adapters.adapter_parameters(self.hf, ADAPTER)}
-        if odd := state.keys() ^ (own | self._pull(optimizer=False).keys()):
+        if odd := state.keys() ^ (own | self.pull(optimizer=False).keys()):
             raise ConfigError(
                 f"{folder} and [adapter] of the run document adapt different modules, e.g. {min(odd)!r}; "
                 "set targets and parties as they were when the folder was made"
             )
         mine = {name: tensor for name, tensor in state.items() if name in own}
         adapters.load_state(self.hf, ADAPTER, self.whole_name, mine)
-        self._push({name: tensor for name, tensor in state.items() if name not in own}, step=0)
+        self.push({name: tensor for name, tensor in state.items() if name not in own}, step=0)
 
     def remote(self) -> Remote:
         """What the training loop needs of the other parties."""
-        return _RemoteState(self)
+        return RemoteState(self)
 
     @property
     def traffic(self) -> Traffic:
@@ -304,7 +332,7 @@ class Client:
             self.link.patience = 1.0
         try:
             self.span.close()
-        except (LinkError, PeerError) as error:
+        except (ConfigError, LinkError, PeerError) as error:  # the first: its certificate has expired meanwhile
             log.warning("the run could not be ended at the server, which will end it by itself: %s", error)
         finally:
             self._closed = True
@@ -334,20 +362,3 @@ class Closing:
     def traffic(self) -> Traffic:
         """What has crossed so far."""
         return self.client.traffic
-
-
-class _RemoteState(Remote):
-    def __init__(self, client: Client) -> None:
-        self._client = client
-
-    def pull(self) -> dict[str, Tensor]:
-        return self._client._pull(optimizer=True)
-
-    def push(self, tensors: dict[str, Tensor], step: int) -> None:
-        self._client._push(tensors, step)
-
-    def flush(self) -> None:
-        self._client.span.flush()
-
-
-__all__ = ["Client", "Closing", "Slice", "credentials_for", "load", "pick_device"]

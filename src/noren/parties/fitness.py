@@ -31,7 +31,8 @@ from noren.partition.blocks import family, is_causal
 from noren.partition.client import build_client
 from noren.partition.shrink import VOCABULARY, shrink, tiny_model
 from noren.partition.stage import Stage, open_slice
-from noren.types import PROTOCOL, Hello, Message
+from noren.types import PROTOCOL, Hello, Message, Terms
+from noren.wire.identity import Identity
 from noren.wire.local import LocalLink
 
 TOLERANCE = 1e-5
@@ -156,19 +157,20 @@ def cut_in_process(folder: str, plan: str, task: str, dtype: torch.dtype = torch
     connection: Any = None
     for span in reversed(part.plan.remote):
         server = SpanServer(Stage.load(folder, plan, span.party, task, dtype), following=following)
-        connection = server.connect("check")
+        connection = server.connect(Identity("check", "client", "check"))
         following = _line_to(connection)
-    hello = Hello(
-        protocol=PROTOCOL, run="check", fingerprint=part.fingerprint, plan=part.plan.lines(), task=task,
-        dtype=str(dtype).removeprefix("torch."), lora="", seed=0,
+    terms = Terms(
+        fingerprint=part.fingerprint, plan=part.plan.lines(), task=task, dtype=str(dtype).removeprefix("torch."),
+        lora="", seed=0,
     )  # fmt: skip
+    hello = Hello(protocol=PROTOCOL, run="check", terms=terms)
     link = LocalLink(connection)
     link(Message(hello))
     return build_client(part, link, dtype)
 
 
 def _line_to(connection: Any) -> Any:
-    return lambda greet, greeted: LocalLink(connection)
+    return lambda greet, greeted, expect: LocalLink(connection, expect=expect)
 
 
 def compare(whole: PreTrainedModel, split: PreTrainedModel, *, gradients: bool = True) -> dict[str, float]:

@@ -4,7 +4,8 @@
 
     run.toml          the document with every value filled in
     metrics.jsonl     one line a step, then one line an evaluation
-    checkpoint/       what `resume` continues from
+    journal/          this party's state after every step, and what it sent in the step at hand
+    checkpoint/       all parties' state, for when the servers lost theirs
     adapter/          the adapters of all parties, a PEFT folder for the whole model
     labels.json       sequence-classification: the label names, in the order of their numbers
 """
@@ -12,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,15 +22,20 @@ from typing import Any
 
 import torch
 
+from noren.adapters.checkpoint import settle
 from noren.config import Document
 from noren.errors import ConfigError, ModelError
 from noren.parties.client import Client
+from noren.parties.policy import read_policy
+from noren.parties.remote_state import incarnation_of
 from noren.partition.slices import SIDE_FILES
 from noren.partition.sources import open_checkpoint
 from noren.training.batches import Row, collate, encode, padding_id
 from noren.training.data import read_examples, split_holdout
+from noren.training.journal import StepJournal
 from noren.training.loop import Outcome, Progress, Trainer
-from noren.types import Close, Handler, Message, Welcome
+from noren.types import Handler
+from noren.wire.journal import Journal
 from noren.wire.traffic import Traffic
 
 
@@ -80,15 +87,17 @@ def train(
     report: Report | None = None,
     handler: Handler | None = None,
     tokenizer: Any = None,
+    insecure: bool = False,
 ) -> Trained:
     """Train as a run document says, and keep the run in `document.out`.
 
     Args:
         document: the run; needs [data] and [adapter].
-        resume: continue from the run's checkpoint.
+        resume: continue a run that was interrupted or killed.
         report: called after every step.
         handler: answers in place of the network (see `Client`).
         tokenizer: of the model, if the caller has it already.
+        insecure: connect in plain text, without certificates.
 
     Ctrl-C finishes the step at hand, writes a checkpoint and returns with `outcome.interrupted` set. Raises
     ConfigError (also for a run that is there already), DataError, ModelError, LinkError, or PeerError.
@@ -96,14 +105,36 @@ def train(
     out, checkpoint = document.out, document.out / "checkpoint"
     _check(document, checkpoint, resume)
     prepared = prepare(document, tokenizer or load_tokenizer(document.model))
-    client = Client(document, handler, labels=prepared.labels or None, pad_id=prepared.pad_id)
+    policy = read_policy()
+    policy.check_epochs(epochs(document, len(prepared.rows)))
     try:
-        _start_afresh(client)
         out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out: {out} cannot be a folder for the run ({error.strerror}); name another") from error
+    with Journal(out / "journal") as journal:
+        kept = StepJournal(journal, document.run.name).read()
+        if kept is None:  # what an attempt that came to nothing has left
+            stale = [key for key in journal.keys(document.run.name) if key.startswith("sent/")]
+            journal.write(document.run.name, {}, drop=stale)  # the count of what has left, and the secret, stay
+        elif not resume:
+            raise _there_already(document)
+        client = Client(
+            document, handler, labels=prepared.labels or None, pad_id=prepared.pad_id, policy=policy, journal=journal,
+            resume=incarnation_of(kept.position) if kept else "", insecure=insecure,
+        )  # fmt: skip
+        return _train(document, client, prepared, journal, resume, report)
+
+
+def _train(
+    document: Document, client: Client, prepared: Prepared, journal: Journal, resume: bool, report: Report | None
+) -> Trained:
+    out = document.out
+    try:
         metrics = out / "metrics.jsonl"
         trainer = MeasuredTrainer(
             client.model, prepared.rows, prepared.held_out, document.run.training, pad_id=prepared.pad_id,
-            seed=document.run.seed, remote=client.remote(), checkpoint=checkpoint,
+            seed=document.run.seed, remote=client.remote(), checkpoint=out / "checkpoint",
+            journal=StepJournal(journal, document.run.name),
             report=lambda progress: note(progress),
         )  # fmt: skip
         trainer.traffic = client.traffic
@@ -118,7 +149,7 @@ def train(
         (out / "run.toml").write_text(document.to_toml(), encoding="utf-8")
         if prepared.labels:
             (out / "labels.json").write_text(json.dumps(prepared.labels, ensure_ascii=False) + "\n", encoding="utf-8")
-        accuracy = {} if trainer.outcome.step else _accuracy(trainer, prepared)
+        accuracy = {} if trainer.outcome.evaluations else _accuracy(trainer, prepared)
         outcome = trainer.run()
         adapter = None
         if not outcome.interrupted:
@@ -172,20 +203,25 @@ def _check(document: Document, checkpoint: Path, resume: bool) -> None:
     """Raise ConfigError for what can be seen before anything is read or connected."""
     if document.run.adapter is None:
         raise ConfigError("the run document has no [adapter], so there is nothing to train; add one, e.g. r = 8")
+    if checkpoint.parent.is_dir():
+        settle(checkpoint)
     there = (checkpoint / "state.json").is_file()
     if there and not resume:
-        raise ConfigError(f"{document.out} holds a run already; continue it with --resume, or choose another name")
-    if resume and not there:
+        raise _there_already(document)
+    if resume and not there and not (document.out / "journal").is_dir():
         raise ConfigError(f"{checkpoint}: no checkpoint to resume from; start without --resume")
 
 
-def _start_afresh(client: Client) -> None:
-    """End what a run of this name that broke off may have left at the remote parties: its adapters are not ours."""
-    client.ask(Message(Close()))
-    welcome = client.ask(client.hello()).meta
-    assert isinstance(welcome, Welcome)
-    client.welcome = welcome
-    client.span.steps.restart(welcome.step)
+def _there_already(document: Document) -> ConfigError:
+    return ConfigError(f"{document.out} holds a run already; continue it with --resume, or choose another name")
+
+
+def epochs(document: Document, rows: int) -> float:
+    """How often a run goes over its data."""
+    settings = document.run.training
+    if settings.steps is None:
+        return settings.epochs
+    return settings.steps * settings.accumulate / math.ceil(rows / settings.batch_size)
 
 
 class MeasuredTrainer(Trainer):
@@ -193,10 +229,10 @@ class MeasuredTrainer(Trainer):
 
     traffic: Traffic
 
-    def step(self, batch: list[list[Row]]) -> tuple[float, float, int]:
+    def step(self, batch: list[list[Row]], numbers: list[list[int]] | None = None) -> tuple[float, float, int]:
         """One optimiser step, counted."""
         before = self.traffic.copy()
-        result = super().step(batch)
+        result = super().step(batch, numbers)
         self._crossed = self.traffic.since(before)
         return result
 

@@ -22,7 +22,7 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer
 from noren.errors import NorenError, ProtocolError, SessionLost
 from noren.partition.stage import pack, unpack
 from noren.partition.steps import RemoteStep
-from noren.types import Backward, Close, Done, Forward, Gradient, Handler, Hidden, Message
+from noren.types import Backward, Close, Done, Forward, Gradient, Handler, Hidden, Message, Release
 
 
 class History:
@@ -149,6 +149,7 @@ class RemoteSpan(nn.Module):
     def __init__(self, handler: Handler, *, answers_head: bool, tuple_size: int, attention_type: str) -> None:
         super().__init__()
         self.handler = handler
+        self.release: Release = lambda message: message  # what is done to a message before it leaves
         self.answers_head = answers_head  # head-tail: what comes back is the head's raw output
         self.tuple_size = tuple_size  # 0: the replaced block returns a tensor, else a tuple of so many
         self.attention_type = self.layer_type = attention_type  # some models read these of their layers
@@ -157,8 +158,16 @@ class RemoteSpan(nn.Module):
         self.steps = RemoteStep()
         self.replays = 0
         self.ended: list[str] = []
+        self.graphs: dict[str, int] = {}  # training sessions whose graph the client still has
+        self._left: Tensor | None = None  # what the last training pass sent, packed
         self._per_token = True
         self.register_parameter("lora_remote", None)
+
+    def graph_gone(self, session: str, number: int) -> None:
+        """The client's graph of a session is gone: the server may forget its part, unless the name is in use again."""
+        if self.graphs.get(session) == number:
+            del self.graphs[session]
+            self.ended.append(session)
 
     def train_remote(self) -> None:
         """Declare that the remote stages hold adapters to be trained."""
@@ -172,7 +181,6 @@ class RemoteSpan(nn.Module):
             raise ProtocolError(
                 "the layers were run outside of the model's own forward pass, so their mask is not known"
             )
-        self.steps.discard_if_zeroed()
         real = self._real(hidden_states, call.mask)
         packed = pack(hidden_states, real)
         layer = call.layer
@@ -187,14 +195,17 @@ class RemoteSpan(nn.Module):
             keep = 0
             out = _Crossing.apply(packed, handle, self, real, call.positions)
             if layer is not None:
-                self._note(layer, hidden_states.detach(), real)
+                assert self._left is not None
+                self._note(layer, unpack(self._left, real), real)
+                self._left = None
         else:
             keep = call.keep if bool(real[:, -call.keep :].any(0).all()) else 0
             more = {"positions": call.positions, "keep": keep}
             if layer is None:
-                out = self._send(self._forward_message(packed, real, "", 0, **more), int(real[:, -keep:].sum()))
+                message = self.release(self._forward_message(packed, real, "", 0, **more))
+                out = self._send(message, int(real[:, -keep:].sum()))
             else:
-                out = self._cached(layer, hidden_states, packed, real, more)
+                out = self._cached(layer, packed, real, more)
         return self._answer(out, hidden_states, real, keep)
 
     @staticmethod
@@ -227,7 +238,7 @@ class RemoteSpan(nn.Module):
             lengths=real.sum(1).tolist(),
             padding=padding_side(real),
             update=self.steps.pending,
-            ended=self.ended[:],
+            ended=self.ended[:4096],
             **more,
         )
         return Message(meta, {"hidden": packed.detach()})
@@ -248,14 +259,15 @@ class RemoteSpan(nn.Module):
         _check_answer(hidden, sent.dtype, (rows if self._per_token else len(message.meta.lengths), width))
         return hidden.to(sent.device)
 
-    def _cached(self, layer: RemoteLayer, states: Tensor, packed: Tensor, real: Tensor, more: dict[str, Any]) -> Tensor:
-        """A step of a session. A server that lost the session gets all of it again."""
+    def _cached(self, layer: RemoteLayer, packed: Tensor, real: Tensor, more: dict[str, Any]) -> Tensor:
+        """A step of a session. A server that lost the session gets all of it again, as it left before."""
         start = sum(layer.columns)
         rows = layer.rows.tolist() if layer.rows is not None and start else None
-        self._note(layer, states, real)
+        message = self.release(self._forward_message(packed, real, layer.session, start, rows=rows, **more))
+        self._note(layer, unpack(message.tensors["hidden"], real), real)
         wanted = int(real[:, -more["keep"] :].sum())
         try:
-            return self._send(self._forward_message(packed, real, layer.session, start, rows=rows, **more), wanted)
+            return self._send(message, wanted)
         except SessionLost:
             if not start:
                 raise
@@ -324,25 +336,33 @@ class _Crossing(torch.autograd.Function):
     def forward(
         ctx: Any, packed: Tensor, handle: Tensor | None, span: RemoteSpan, real: Tensor, positions: str
     ) -> Tensor:
-        ctx.span, ctx.session, ctx.graph = span, uuid.uuid4().hex, _Graph()
-        weakref.finalize(ctx.graph, span.ended.append, ctx.session)  # the server may forget its part of the graph, too
-        ctx.done, ctx.shape, ctx.dtype = False, tuple(packed.shape), packed.dtype
+        session = span.steps.next_session()
+        ctx.span, ctx.session, ctx.graph = span, session, _Graph()
+        span.graphs[session] = id(ctx.graph)
+        weakref.finalize(ctx.graph, span.graph_gone, session, id(ctx.graph))
+        ctx.shape, ctx.dtype = tuple(packed.shape), packed.dtype
         more = {"positions": positions, "train": True, "dropout": span.training}
-        message = span._forward_message(packed, real, ctx.session, 0, **more)
-        return span._send(message, len(packed))
+        ctx.sent = span.release(span._forward_message(packed, real, session, 0, **more))
+        span._left = ctx.sent.tensors["hidden"]
+        return span._send(ctx.sent, len(packed))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         span: RemoteSpan = ctx.span
-        if ctx.done:
+        if ctx.sent is None:
             raise ProtocolError(
                 "a second backward over one forward pass does not cross the cut; add the losses up, or run it again"
             )
-        ctx.done = True
+        forward, ctx.sent = ctx.sent, None
         meta = Backward(session=ctx.session, discard=span.steps.cleared())
-        message = Message(meta, {"gradient": gradients[0].contiguous()})
-        reply = span.handler(message)
+        message = span.release(Message(meta, {"gradient": gradients[0].contiguous()}))
+        try:
+            reply = span.handler(message)
+        except SessionLost:  # the graph was lost, not the run: the same forward pass again, under the same name
+            span.replays += 1
+            span.handler(forward)
+            reply = span.handler(message)
         if not isinstance(reply.meta, Gradient) or "gradient" not in reply.tensors:
             raise ProtocolError(f"the peer answered a backward with {reply.kind!r}")
         _check_answer(reply.tensors["gradient"], ctx.dtype, ctx.shape)

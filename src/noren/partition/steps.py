@@ -29,53 +29,68 @@ class RemoteStep:
         self.applied = 0  # steps that the remote side has confirmed
         self.pending: Update | None = None
         self._norm = 0.0  # of the remote gradients accumulated since the last step
+        self._passes = (0, 0)  # the step that forward passes are made for, and how many there were
+        self._task, self._given = -1, 0.0  # the backward pass under way; what the handle holds, or gets at its end
 
     def attach(self, handle: Tensor) -> None:
         """Watch `handle`: every optimiser that holds it also steps the remote side."""
         self.handle = handle
         _WATCHED[id(handle)] = self
 
+    def next_session(self) -> str:
+        """Name the next forward pass: "STEP.N", the N-th towards optimiser step STEP; the same in a resumed run."""
+        step = self.applied + (2 if self.pending is not None else 1)
+        number = self._passes[1] + 1 if self._passes[0] == step else 0
+        self._passes = (step, number)
+        return f"{step}.{number}"
+
     def accumulated(self, square_norm: float) -> Tensor:
-        """Return what to add to the handle's gradient, so that it becomes the norm of all that was accumulated."""
+        """Return what to add to the handle's gradient, so that it becomes the norm of all that was accumulated.
+
+        Several forward passes may share a backward pass: their gradients meet in the handle only at its end.
+        """
         assert self.handle is not None
-        before = 0.0 if self.handle.grad is None else float(self.handle.grad)
         self._norm = square_norm**0.5
+        before, self._given = self._given, self._norm
         return torch.full_like(self.handle, self._norm - before)
 
     def stepping(self, group: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
         """Called as an optimiser that holds the handle is about to step."""
         if self.handle is None or self.handle.grad is None:
             return
-        if self.pending is not None and self.pending.optimizer is not None:
+        if self.pending is not None:
             raise ProtocolError("two optimiser steps without a forward pass between them; the first was not sent yet")
         scale = float(self.handle.grad) / self._norm if self._norm else 1.0
         self.pending = Update(step=self.applied + 1, scale=scale, optimizer=settings(optimizer, group))
         self._norm = 0.0
 
-    def restart(self, step: int) -> None:
-        """The remote side was set to its state after `step` steps."""
-        self.applied, self.pending, self._norm = step, None, 0.0
+    def restart(self, step: int, pending: Update | None = None) -> None:
+        """The remote side was set to its state after `step` steps; `pending` is to be applied next."""
+        self.applied, self.pending, self._norm, self._passes = step, pending, 0.0, (0, 0)
 
     def sent(self, update: Update | None) -> None:
         """A message with `update` was answered, so the remote side has applied it."""
-        if update is not None and update is self.pending:
+        if update is not None and update == self.pending:
             self.applied, self.pending = update.step, None
 
     @property
     def idle(self) -> bool:
         """Whether nothing is accumulated or waiting at the remote side."""
-        return self.pending is None and not self._norm
+        return self.pending is None and not (self._norm and self._held())
 
     def cleared(self) -> bool:
-        """Whether the client's gradients were cleared without a step, so that the remote side's must be too."""
-        zeroed = self.handle is not None and (self.handle.grad is None or not float(self.handle.grad))
-        return bool(self._norm) and zeroed and self.pending is None
+        """Whether the client's gradients were cleared without a step, so that the remote side's must be too.
 
-    def discard_if_zeroed(self) -> None:
-        """Let the next message drop the remote gradients, if the client's were cleared without a step."""
-        if self.cleared():
-            self.pending = Update(step=self.applied, scale=0.0, optimizer=None)
-            self._norm = 0.0
+        Asked within a backward pass, for each forward pass that it crosses: true for the first of them at most.
+        """
+        if self._task == (task := torch._C._current_graph_task_id()):
+            return False
+        self._task, self._given = task, self._held()
+        return bool(self._norm) and not self._given and self.pending is None
+
+    def _held(self) -> float:
+        """The handle's gradient."""
+        return 0.0 if self.handle is None or self.handle.grad is None else float(self.handle.grad)
 
     def flush(self, handler: Handler) -> None:
         """Send a waiting step on its own."""

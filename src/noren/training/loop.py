@@ -22,9 +22,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from noren.adapters.checkpoint import replacing
+from noren.adapters.checkpoint import replacing, settle
 from noren.errors import ConfigError, ModelError
 from noren.training.batches import IGNORED, Row, batches, collate
+from noren.training.journal import Kept, StepJournal
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,7 +85,7 @@ class Outcome:
 
 
 class Remote:
-    """What the loop needs of the remote parties: their state, for a checkpoint. The whole model has none."""
+    """What the loop needs of, and says about, the remote parties. The whole model has none."""
 
     def pull(self) -> dict[str, Tensor]:
         """Return adapters and optimiser moments of the remote stages."""
@@ -96,11 +97,23 @@ class Remote:
     def flush(self) -> None:
         """Send a step that waits."""
 
+    def samples(self, numbers: list[int]) -> None:
+        """Say which rows the next forward pass is of, by their place in the data."""
+
+    def position(self) -> bytes:
+        """Return where the run stands at the remote parties, for `go_on`."""
+        return b""
+
+    def go_on(self, position: bytes) -> bool:
+        """Go on from there; False if the remote parties hold another state by now."""
+        return True
+
 
 class Trainer:
     """Trains the parameters of `model` that require gradients on `rows`.
 
-    `checkpoint`: the folder of the run's state (written whole or not at all), None to keep none.
+    `checkpoint`: the folder of the run's state (written whole or not at all), None to keep none. `journal` keeps this
+    party's own state after every step, so that a run which was killed goes on from the step it was in.
     """
 
     def __init__(
@@ -114,12 +127,14 @@ class Trainer:
         seed: int,
         remote: Remote | None = None,
         checkpoint: Path | None = None,
+        journal: StepJournal | None = None,
         report: Callable[[Progress], None] | None = None,
     ) -> None:
         if not rows:
             raise ConfigError("data: there is nothing to train on")
         self.model, self.rows, self.held_out, self.settings = model, rows, held_out, settings
         self._pad, self._seed, self._remote = pad_id, seed, remote or Remote()
+        self._journal = journal
         self._checkpoint, self._report = checkpoint, report or (lambda progress: None)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -149,17 +164,19 @@ class Trainer:
 
         Ctrl-C finishes the step at hand, writes a checkpoint and returns with `interrupted` set.
         """
-        if self.outcome.step == 0:
+        if self.outcome.step == 0 and not self.outcome.evaluations:
             self.evaluate()
+            self._note()
         plan = self._plan()
         with _interrupts(self._stop):
-            for batch in plan:
+            for numbers in plan:
                 started = time.perf_counter()
-                loss, norm, tokens = self.step(batch)
+                loss, norm, tokens = self.step([[self.rows[i] for i in batch] for batch in numbers], numbers)
                 done = self.outcome
                 done.losses.append(loss)
                 done.step += 1
                 self._report(Progress(done.step, self.steps, loss, norm, tokens, time.perf_counter() - started))
+                self._note()
                 s = self.settings
                 if s.evaluate_every and done.step % s.evaluate_every == 0 and done.step < self.steps:
                     self.evaluate()
@@ -169,18 +186,24 @@ class Trainer:
                 if s.save_every and done.step % s.save_every == 0 and done.step < self.steps:
                     self.save()
             self._remote.flush()
+            self._note()
             if not self.outcome.interrupted:
                 self.evaluate()
             self.save()
         return self.outcome
 
-    def step(self, batch: list[list[Row]]) -> tuple[float, float, int]:
-        """One optimiser step on some batches of rows: returns (loss, gradient norm before clipping, real tokens)."""
+    def step(self, batch: list[list[Row]], numbers: list[list[int]] | None = None) -> tuple[float, float, int]:
+        """One optimiser step on some batches of rows: returns (loss, gradient norm before clipping, real tokens).
+
+        `numbers`: the rows' places in the data, if that is where they are from.
+        """
         self.model.train()
         self.optimizer.zero_grad()
         counts = [sum(_targets(row) for row in rows) for rows in batch]
         loss = 0.0
-        for rows, count in zip(batch, counts, strict=True):
+        for i, (rows, count) in enumerate(zip(batch, counts, strict=True)):
+            if numbers is not None:
+                self._remote.samples(numbers[i])
             share = self.loss(rows) * (count / max(sum(counts), 1))
             share.backward()
             loss += float(share.detach())
@@ -212,8 +235,8 @@ class Trainer:
         self.outcome.evaluations[self.outcome.step] = total / max(targets, 1)
         return total / max(targets, 1)
 
-    def _plan(self) -> Iterator[list[list[Row]]]:
-        """The batches of every step still to do; the same for the same seed, wherever it is resumed."""
+    def _plan(self) -> Iterator[list[list[int]]]:
+        """The batches of every step still to do, as numbers of rows; the same for the same seed, wherever resumed."""
         step, epoch = 0, 0
         while step < self.steps:
             order = batches(self.rows, self.settings.batch_size, self._seed, epoch)
@@ -221,46 +244,78 @@ class Trainer:
                 if step >= self.steps:
                     return
                 if step >= self.outcome.step:
-                    yield [[self.rows[i] for i in batch] for batch in order[start : start + self.settings.accumulate]]
+                    yield order[start : start + self.settings.accumulate]
                 step += 1
             epoch += 1
 
     def save(self) -> None:
-        """Write the run's state: adapters and optimisers of all parties, position, random numbers."""
+        """Write the run's state as a checkpoint: adapters and optimisers of all parties, position, random numbers."""
         if self._checkpoint is None:
             return
         self._remote.flush()
+        self._note()
+        tensors = self._tensors() | {f"remote/{name}": t for name, t in self._remote.pull().items()}
+        with replacing(self._checkpoint) as draft:
+            save_file(tensors, draft / "state.safetensors")
+            (draft / "state.json").write_text(json.dumps(self._words()) + "\n")
+
+    def resume(self) -> int:
+        """Continue a run that ended early: returns its step. Raises ModelError if what was kept does not fit this run.
+
+        From the journal if the remote parties are where it left them; else all go back to the last checkpoint.
+        """
+        kept = self._journal.read() if self._journal is not None else None
+        if kept is not None and self._remote.go_on(kept.position):
+            self._set(kept.words, kept.tensors, str(self._journal))
+            return self.outcome.step
+        if self._checkpoint is not None:
+            settle(self._checkpoint)
+        if self._checkpoint is None or not (self._checkpoint / "state.json").is_file():
+            raise ModelError(
+                f"{self._checkpoint}: no checkpoint to resume from"
+                + (", and the servers no longer hold this run" if kept is not None else "")
+                + "; start without --resume, under another name"
+            )
+        words = json.loads((self._checkpoint / "state.json").read_text())
+        tensors = load_file(self._checkpoint / "state.safetensors")
+        self._set(words, tensors, str(self._checkpoint))
+        remote = {k.removeprefix("remote/"): t for k, t in tensors.items() if k.startswith("remote/")}
+        self._remote.push(remote, words["step"])
+        self._note(restarted=True)
+        return self.outcome.step
+
+    def _note(self, *, restarted: bool = False) -> None:
+        """Keep this party's own state, and where the remote parties are."""
+        if self._journal is not None:
+            state = Kept(self._words(), self._tensors(), self._remote.position())
+            self._journal.write(state, restarted=restarted)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The adapters of this party, its optimiser's moments, and its random numbers."""
         tensors = {f"client/{name}": p.detach().clone() for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for kind, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"moments/{kind}/{name}"] = value.detach().clone()
-        tensors |= {f"remote/{name}": t for name, t in self._remote.pull().items()}
-        tensors["random"] = torch.get_rng_state()
+        tensors["losses"] = torch.tensor(self.outcome.losses, dtype=torch.float64)
+        return tensors | {"random": torch.get_rng_state()}
+
+    def _words(self) -> dict[str, Any]:
         done = self.outcome
-        words = {
+        return {
             "step": done.step,
             "steps": self.steps,
-            "losses": done.losses,
             "schedule": self.schedule.state_dict(),
             "evaluations": {str(k): v for k, v in done.evaluations.items()},
         }
-        with replacing(self._checkpoint) as draft:
-            save_file(tensors, draft / "state.safetensors")
-            (draft / "state.json").write_text(json.dumps(words) + "\n")
 
-    def resume(self) -> int:
-        """Continue from the checkpoint: returns its step. Raises ModelError if it does not fit this run."""
-        if self._checkpoint is None or not (self._checkpoint / "state.json").is_file():
-            raise ModelError(f"{self._checkpoint}: no checkpoint to resume from; start without --resume")
-        words = json.loads((self._checkpoint / "state.json").read_text())
-        tensors = load_file(self._checkpoint / "state.safetensors")
+    def _set(self, words: dict[str, Any], tensors: dict[str, Tensor], where: str) -> None:
         for name, parameter in self.parameters.items():
             saved = tensors.get(f"client/{name}")
             if saved is None or saved.shape != parameter.shape:
-                raise ModelError(f"{self._checkpoint} is of another run: {name!r} is missing or has another shape")
+                raise ModelError(f"{where} is of another run: {name!r} is missing or has another shape")
         if words["steps"] != self.steps:
-            raise ModelError(f"{self._checkpoint} is of a run of {words['steps']} steps, this one has {self.steps}")
+            raise ModelError(f"{where} is of a run of {words['steps']} steps, this one has {self.steps}")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"client/{name}"])
@@ -273,11 +328,9 @@ class Trainer:
         self.schedule.load_state_dict(words["schedule"])
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
-        remote = {k.removeprefix("remote/"): t for k, t in tensors.items() if k.startswith("remote/")}
-        self._remote.push(remote, words["step"])
         torch.set_rng_state(tensors["random"])
-        self.outcome = Outcome(words["losses"], {int(k): v for k, v in words["evaluations"].items()}, words["step"])
-        return int(words["step"])
+        evaluations = {int(k): v for k, v in words["evaluations"].items()}
+        self.outcome = Outcome(tensors["losses"].tolist(), evaluations, words["step"])
 
 
 def _targets(row: Row) -> int:

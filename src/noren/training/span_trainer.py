@@ -1,12 +1,14 @@
 """Training of a remote stage's adapter for one client: graphs between forward and backward, one optimiser, steps.
 
-Every request may be repeated: a forward is computed again, a backward is answered from what was kept, an optimiser
-step is applied once by its number.
+An optimiser step is applied once, by its number. A forward pass may be computed again, with the same dropout, to get
+back a graph that was lost. That a backward pass counts once is the ledger's business (parties.ledger).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +19,7 @@ from noren.adapters import lora as adapters
 from noren.adapters.lora import Lora
 from noren.errors import OverBudget, ProtocolError, SessionLost
 from noren.partition.stage import Frame, Stage
-from noren.types import Optimizer, Update
-
-KEPT_REPLIES = 64
-"""Answered backwards that are kept for a client that asks again."""
+from noren.types import Message, Optimizer, Update
 
 
 @dataclass
@@ -30,6 +29,7 @@ class Graph:
     inputs: Tensor
     outputs: Tensor
     nbytes: int
+    onward: Message | None = None  # what was sent to the next party, which may lose its own graph
 
 
 class SpanTrainer:
@@ -44,10 +44,10 @@ class SpanTrainer:
                 stage.model, lora, stage.party, stage.config.model_type, adapter, seed, stage.new_heads
             )
         self.step = 0
+        self._seed = seed
         self._optimizer: torch.optim.Optimizer | None = None
         self._moments: dict[str, Tensor] = {}  # loaded from a checkpoint, for an optimiser not yet made
         self._graphs: dict[str, Graph] = {}
-        self._replies: OrderedDict[str, tuple[Tensor, float]] = OrderedDict()
 
     @property
     def trainable(self) -> int:
@@ -70,11 +70,11 @@ class SpanTrainer:
     def forward(self, session: str, frame: Frame, *, dropout: bool) -> Tensor:
         """Run the stage, keep the graph; returns the padded output, detached."""
         self.use(dropout=dropout)
-        self._replies.pop(session, None)
         self._graphs.pop(session, None)
         frame.hidden = frame.hidden.detach().requires_grad_()
         count = _SavedBytes(self._stage)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+        with self._random(session, dropout), torch.enable_grad(), hooks:
             out: Tensor = self._stage(frame.padded(), frame.real, positions=frame.positions)
             packed = out if out.dim() == 2 else frame.packed(out)
         while self._graphs and self.nbytes + count.total > self._max_bytes:
@@ -87,15 +87,42 @@ class SpanTrainer:
         self._graphs[session] = Graph(frame.hidden, packed, count.total)
         return out.detach()
 
-    def answered(self, session: str) -> tuple[Tensor, float] | None:
-        """Return the answer to a backward that was computed before, or None."""
-        return self._replies.get(session)
+    @contextmanager
+    def _random(self, session: str, dropout: bool) -> Iterator[None]:
+        """Draw dropout from the run's seed and the forward pass's name: the same whenever it is computed."""
+        if not dropout:
+            yield
+            return
+        devices = [p.device for p in self._stage.parameters()][:1]
+        with torch.random.fork_rng([d for d in devices if d.type == "cuda"]):
+            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self._seed}/{session}".encode()).digest()[:7], "big"))
+            yield
 
-    def backward(self, session: str, gradient: Tensor) -> Tensor:
-        """Take a gradient through the kept graph; returns the gradient of the stage's packed input."""
+    def holds(self, session: str) -> bool:
+        """Whether the graph of a forward pass is kept."""
+        return session in self._graphs
+
+    def outputs(self, session: str) -> Tensor:
+        """What a kept forward pass gave, packed. Raises SessionLost."""
+        return self._graph(session).outputs.detach()
+
+    def sent_on(self, session: str, message: Message) -> None:
+        """Remember what a kept forward pass sent to the next party."""
+        self._graph(session).onward = message
+
+    def onward(self, session: str) -> Message | None:
+        """What a kept forward pass sent to the next party."""
+        return self._graph(session).onward
+
+    def _graph(self, session: str) -> Graph:
         graph = self._graphs.get(session)
         if graph is None:
             raise SessionLost("this forward pass is not kept here (restarted, expired or closed); repeat the step")
+        return graph
+
+    def backward(self, session: str, gradient: Tensor) -> Tensor:
+        """Take a gradient through the kept graph; returns the gradient of the stage's packed input."""
+        graph = self._graph(session)
         if gradient.shape != graph.outputs.shape:
             raise ProtocolError(f"gradient {list(gradient.shape)} for an output {list(graph.outputs.shape)}")
         self.use(dropout=self._stage.training)
@@ -104,21 +131,12 @@ class SpanTrainer:
         out = graph.inputs.grad
         return torch.zeros_like(graph.inputs) if out is None else out
 
-    def keep_answer(self, session: str, gradient: Tensor, square_norm: float) -> None:
-        """Remember an answer, for a client that did not get it."""
-        self._replies[session] = (gradient, square_norm)
-        while len(self._replies) > KEPT_REPLIES:
-            self._replies.popitem(last=False)
-
     def square_norm(self) -> float:
         """Squared L2 norm of the gradients accumulated since the last step."""
         return float(sum(p.grad.double().square().sum() for p in self.parameters if p.grad is not None))
 
     def update(self, update: Update) -> None:
         """Apply one optimiser step, once. Raises SessionLost if steps are missing before it."""
-        if update.optimizer is None:
-            self._zero()
-            return
         if update.step <= self.step:
             return
         if update.step != self.step + 1:
@@ -133,7 +151,6 @@ class SpanTrainer:
             optimizer.step()
         self._zero()
         self._graphs.clear()  # they belong to the weights before the step
-        self._replies.clear()
         self.step = update.step
 
     def discard(self) -> None:
@@ -174,6 +191,20 @@ class SpanTrainer:
             out |= self._moments
         return out
 
+    def shapes(self) -> dict[str, list[int]]:
+        """Names in the whole model and shapes of what is trained here for the run."""
+        return {name: list(p.shape) for name, p in self._named()}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradients accumulated since the last step."""
+        return {name: p.grad.clone() for name, p in self._named() if p.grad is not None}
+
+    def load_gradients(self, tensors: dict[str, Tensor]) -> None:
+        """Set the accumulated gradients, as `gradients` gave them."""
+        for name, parameter in self._named():
+            gradient = tensors.get(name)
+            parameter.grad = None if gradient is None else gradient.clone().to(parameter)
+
     def load(self, tensors: dict[str, Tensor], step: int) -> None:
         """Set adapter, moments and step number, as `state` gave them; forgets all graphs and gradients."""
         own = {name for name, _ in self._named()}
@@ -184,6 +215,12 @@ class SpanTrainer:
         self._check_moments()
         self._optimizer, self.step = None, step
         self.forget()
+
+    def restore(self, state: dict[str, Tensor], gradients: dict[str, Tensor], step: int) -> None:
+        """Set all that `state` and `gradients` gave after `step`; without a state, the initial values stay."""
+        if state:
+            self.load(state, step)
+        self.load_gradients(gradients)
 
     def _check_moments(self) -> None:
         """Raise ProtocolError unless each parameter has all moments of one optimiser, of its shape, or none."""
@@ -211,7 +248,6 @@ class SpanTrainer:
             self._graphs.pop(session, None)
             return
         self._graphs.clear()
-        self._replies.clear()
         self._zero()
 
     def forget_graphs(self) -> None:

@@ -1,146 +1,317 @@
 """A message as bytes, and back, with every byte from the peer checked before it is used.
 
-    prefix   24 bytes: magic "NRN1", header length (u32), request number (u64), body length (u64), little endian
-    header   JSON of `Header`: the meta, and name, dtype and shape of each tensor; at most 1 MiB
-    body     the tensors' bytes one after another, dense, little endian
+    prefix   24 bytes, little endian: "NRN" and the version, header length (u32), request number, body length (u64)
+    header   JSON of `Header`: the meta, and name, dtype, shape, codec and length of each tensor; at most 1 MiB
+    body     the tensors' bytes one after another, each as its codec wrote it
+    tag      16 bytes over all of the above (see seal.py): of this connection, this direction, this request
 
-Nothing is decoded that is not in the schema of types.py; no object is ever unpickled.
+Nothing is decoded that is not in the schema of types.py; no object is ever unpickled. The order of checks is: prefix,
+header against its schema, header against what was agreed (`Expect`), sizes, and only then memory; then the tag, the
+codecs, and that every number is finite.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
 from noren.errors import OverBudget, ProtocolError
-from noren.types import AnyMeta, Message
+from noren.types import AnyMeta, Label, Message
+from noren.wire.codecs import CODECS
+from noren.wire.seal import TAG, Seal, Tag
+from noren.wire.settings import MOST_BYTES
 
-MAGIC = b"NRN1"
-PREFIX = struct.Struct("<4sIQQ")
+MAGIC, VERSION = b"NRN", 2
+PREFIX = struct.Struct("<3sBIQQ")
 CHUNK = 1 << 20
 MAX_HEADER = 1 << 20
 MAX_TENSORS = 16_384
-MAX_BODY = 4 << 30
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64}
-"""Types that may cross."""
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64, "u8": torch.uint8}
+"""Types that may cross; u8 for nothing but the payload of `Forward.deltas`."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NUMPY: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype("<f4"),
+    torch.float16: np.dtype("<f2"),
+    torch.int64: np.dtype("<i8"),
+}
+SMALL = 1 << 16
+"""Bodies below this are checked byte by byte in Python's own code, which is sooner done than torch is called."""
+Size = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """One tensor in a header. `nbytes` is what its codec made of it."""
+
+    name: Label
+    dtype: str
+    shape: Annotated[list[Size], msgspec.Meta(max_length=8)]
+    codec: str
+    nbytes: Size
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What stands before the body."""
 
     meta: AnyMeta
-    tensors: list[tuple[str, str, list[int]]]  # name, dtype, shape
+    tensors: Annotated[list[Entry], msgspec.Meta(max_length=MAX_TENSORS)]
 
+    @property
+    def kind(self) -> str:
+        """The tag of the meta, e.g. "forward"."""
+        return str(self.meta.__struct_config__.tag)
+
+
+Expect = Callable[[Header], None]
+"""Raises PeerError unless a header is one that this connection has agreed to take now."""
 
 _DECODER = msgspec.json.Decoder(Header)
 _ENCODER = msgspec.json.Encoder()
 
 
-def encode(message: Message, request: int) -> list[memoryview]:
-    """Return the message as frames of at most `CHUNK` bytes (the first also holds prefix and header).
+@dataclass(frozen=True)
+class Packed:
+    """A message as bytes, without prefix and tag: sent any number of times, always the same."""
 
+    header: bytes
+    bodies: list[memoryview]
+
+    @property
+    def body_bytes(self) -> int:
+        """Length of the body."""
+        return sum(map(len, self.bodies))
+
+    def frames(self, request: int, seal: Seal) -> Iterator[bytes]:
+        """Make frames of about `CHUNK` bytes: the first begins with prefix and header, the last ends with the tag."""
+        size = self.body_bytes
+        head = PREFIX.pack(MAGIC, VERSION, len(self.header), request, size) + self.header
+        if len(self.header) + size <= CHUNK:
+            whole = b"".join((head, *self.bodies))
+            yield whole + seal.whole(request, whole)
+            return
+        tag = seal.outgoing(request)
+        tag.update(head)
+        yield head
+        for body in self.bodies:
+            for start in range(0, len(body), CHUNK):
+                piece = bytes(body[start : start + CHUNK])
+                tag.update(piece)
+                yield piece
+        yield tag.value()
+
+
+def pack(message: Message, codecs: Mapping[str, str] | None = None, seed: int | None = None) -> Packed:
+    """Return a message as bytes. A pure function of its arguments.
+
+    `codecs`: tensor name -> codec, "raw" for those it does not name; `seed`: for codecs that round stochastically.
     Raises ProtocolError for a tensor of a type that may not cross.
     """
-    described: list[tuple[str, str, list[int]]] = []
+    entries: list[Entry] = []
     bodies: list[memoryview] = []
     for name, tensor in message.tensors.items():
         if tensor.dtype not in _NAMES:
             raise ProtocolError(f"tensor {name!r} is {tensor.dtype}; only {', '.join(DTYPES)} may cross")
-        described.append((name, _NAMES[tensor.dtype], list(tensor.shape)))
-        dense = tensor.detach().to("cpu").contiguous()
-        bodies.append(memoryview(dense.flatten().view(torch.uint8).numpy().data))
-    header = _ENCODER.encode(Header(message.meta, described))
+        codec = (codecs or {}).get(name, "raw") if tensor.is_floating_point() else "raw"
+        dense = tensor.detach() if tensor.requires_grad else tensor
+        dense = dense if dense.is_cpu and dense.is_contiguous() else dense.to("cpu").contiguous()
+        body = _bytes(dense if codec == "raw" else CODECS[codec].encode(dense, seed))
+        entries.append(Entry(name, _NAMES[tensor.dtype], list(tensor.shape), codec, len(body)))
+        bodies.append(body)
+    header = _ENCODER.encode(Header(message.meta, entries))
     if len(header) > MAX_HEADER:
-        raise ProtocolError(
-            f"the header would be {len(header)} bytes, at most {MAX_HEADER} may cross; use a smaller batch"
-        )
-    size = sum(len(body) for body in bodies)
-    head = PREFIX.pack(MAGIC, len(header), request, size) + header
-    if len(head) + size <= CHUNK:
-        return [memoryview(b"".join([head, *bodies]))]
-    return [memoryview(head), *(body[i : i + CHUNK] for body in bodies for i in range(0, len(body), CHUNK))]
+        raise ProtocolError(f"a header of {len(header)} bytes; at most {MAX_HEADER} may cross: use a smaller batch")
+    return Packed(header, bodies)
 
 
-@dataclass
+def _bytes(dense: Tensor) -> memoryview:
+    """The bytes of a dense tensor, not copied."""
+    if not dense.numel():
+        return memoryview(b"")
+    if dense.dtype not in NUMPY:
+        dense = (dense if dense.dim() else dense.view(1)).view(torch.uint8)
+    # Through numpy: torch's operators let go of the interpreter, and must wait for it again.
+    return dense.numpy().data.cast("B")
+
+
+def encode(message: Message, request: int, seal: Seal, codecs: Mapping[str, str] | None = None) -> list[bytes]:
+    """Return a message as frames, ready to be sent once."""
+    return list(pack(message, codecs).frames(request, seal))
+
+
 class Incoming:
-    """A message that is arriving: feed it frames until `message` is there. Limits are checked before allocation."""
+    """A message that is arriving: feed it frames until it is there. Limits are checked before allocation.
 
-    max_body: int = MAX_BODY
-    request: int = 0
-    nbytes: int = 0
-    _header: Header | None = None
-    _body: memoryview | None = None  # reserved by the announced size; memory is taken as bytes arrive
-    _filled: int = 0
+    `expect` judges the header against what was agreed; `seal` checks the tag, and that requests only count upwards.
+    """
+
+    def __init__(self, seal: Seal, expect: Expect | None = None, max_body: int = MOST_BYTES) -> None:
+        self.request = self.nbytes = 0
+        self.header: Header | None = None
+        self._seal, self._expect, self._max_body = seal, expect, max_body
+        self._tag: Tag | None = None
+        self._body = memoryview(b"")  # reserved by the announced size; memory is taken as bytes arrive
+        self._filled = self._size = 0
+
+    @property
+    def body_bytes(self) -> int:
+        """Length of the body as the prefix announced it; 0 before it came."""
+        return self._size
 
     def feed(self, frame: bytes) -> Message | None:
         """Take one frame; returns the message once it is whole. Raises ProtocolError or OverBudget."""
         self.nbytes += len(frame)
         view = memoryview(frame)
-        if self._header is None:
-            view = self._begin(view)
-        assert self._body is not None
-        if self._filled + len(view) > len(self._body):
-            raise ProtocolError(f"{self._filled + len(view)} bytes of body, {len(self._body)} were announced")
-        self._body[self._filled : self._filled + len(view)] = view
-        self._filled += len(view)
-        if self._filled < len(self._body):
-            if not len(frame):
-                raise ProtocolError("an empty frame in the middle of a message")
+        if self.header is None:
+            start = self._begin(view)
+            assert self.header is not None
+            end = start + self._size
+            if len(view) == end + TAG and self._size < CHUNK:  # as most do, it came in one piece
+                self._seal.accept_whole(self.request, view[:end], view[end:])
+                return Message(self.header.meta, _tensors(self.header, bytearray(view[start:end])))
+            self._reserve(view[:start])
+            view = view[start:]
+        elif not len(frame):
+            raise ProtocolError("an empty frame in the middle of a message")
+        filled = self._filled + len(view)
+        if filled > len(self._body) or self._tag is None:
+            raise ProtocolError(f"more bytes after the header than the {self._size} and a tag that were announced")
+        self._body[self._filled : filled] = view
+        if (sealed := min(filled, self._size)) > self._filled:
+            self._tag.update(view[: sealed - self._filled])
+        self._filled = filled
+        if filled < len(self._body):
             return None
-        return self._finish()
+        self._seal.accept(self.request, self._tag, bytes(self._body[self._size :]))
+        return Message(self.header.meta, _tensors(self.header, self._body[: self._size]))
 
-    def _begin(self, view: memoryview) -> memoryview:
+    def _begin(self, view: memoryview) -> int:
+        """Check all that stands before the body; returns where that begins."""
         if len(view) < PREFIX.size:
             raise ProtocolError(f"a message begins with {PREFIX.size} bytes, got {len(view)}")
-        magic, length, self.request, size = PREFIX.unpack(view[: PREFIX.size])
+        magic, version, length, self.request, size = PREFIX.unpack_from(view)
         if magic != MAGIC:
             raise ProtocolError(f"not a Noren message (it begins with {bytes(magic)!r}); is this the right port?")
-        if length > MAX_HEADER or len(view) < PREFIX.size + length:
+        if version != VERSION:
+            raise ProtocolError(f"the message is of version {version}, this party speaks {VERSION}: update one")
+        start = PREFIX.size + length
+        if length > MAX_HEADER or len(view) < start:
             raise ProtocolError(f"header of {length} bytes, in a first frame of {len(view)}")
-        if size > self.max_body:
-            raise OverBudget(f"a message of {size} bytes; the limit is {self.max_body}")
+        if size > self._max_body:
+            raise OverBudget(f"a message of {size} bytes; the limit is {self._max_body}")
+        header = read_header(view[PREFIX.size : start], size, self._max_body)
+        if self._expect is not None:
+            self._expect(header)
+        self.header, self._size = header, size
+        return start
+
+    def _reserve(self, head: memoryview) -> None:
+        """Make room for the body and its tag, and begin the tag with prefix and header."""
+        self._tag = self._seal.incoming(self.request)
+        self._tag.update(head)
+        size = self._size + TAG
+        if size < CHUNK:
+            self._body = memoryview(bytearray(size))
+            return
         try:
-            header = _DECODER.decode(view[PREFIX.size : PREFIX.size + length])
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise ProtocolError(f"header: {error}") from error
-        announced = 0
-        if len(header.tensors) > MAX_TENSORS or len({name for name, _, _ in header.tensors}) < len(header.tensors):
-            raise ProtocolError(f"{len(header.tensors)} tensors, of which some share a name or are too many")
-        for name, dtype, shape in header.tensors:
-            if dtype not in DTYPES or len(shape) > 8 or any(n < 0 for n in shape):
-                raise ProtocolError(f"tensor {name[:64]!r}: dtype {dtype[:16]!r}, shape {shape[:8]}")
-            announced += math.prod(shape) * DTYPES[dtype].itemsize
-        if announced != size:
-            raise ProtocolError(f"shapes announce {announced} bytes of body, the prefix {size}")
-        self._header, self._body = header, torch.empty(size, dtype=torch.uint8).numpy().data
-        return view[PREFIX.size + length :]
-
-    def _finish(self) -> Message:
-        assert self._header is not None and self._body is not None
-        tensors: dict[str, Tensor] = {}
-        offset = 0
-        for name, dtype_name, shape in self._header.tensors:
-            dtype, count = DTYPES[dtype_name], math.prod(shape)
-            if count:
-                tensors[name] = torch.frombuffer(self._body, dtype=dtype, count=count, offset=offset).view(shape)
-            else:
-                tensors[name] = torch.empty(shape, dtype=dtype)
-            offset += count * dtype.itemsize
-        return Message(self._header.meta, tensors)
+            self._body = torch.empty(size, dtype=torch.uint8).numpy().data
+        except RuntimeError as error:
+            raise OverBudget(f"there is no memory for a message of {size} bytes; send smaller ones") from error
 
 
-def decode(frames: Iterator[bytes] | list[bytes]) -> Message:
+def read_header(raw: bytes | memoryview, size: int, most: int = MOST_BYTES) -> Header:
+    """Return a header whose sizes agree with one another and with a body of `size` bytes.
+
+    Raises ProtocolError, or OverBudget if its tensors would take more than `most` bytes once they are decoded.
+    """
+    try:
+        header = _DECODER.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"header: {str(error)[:300]}") from error
+    entries = header.tensors
+    announced = sum([entry.nbytes for entry in entries])
+    if announced != size:
+        raise ProtocolError(f"tensors announce {announced} bytes of body, the prefix {size}")
+    if len(entries) > 1 and len({entry.name for entry in entries}) < len(entries):
+        raise ProtocolError(f"{len(entries)} tensors, of which some share a name")
+    plain = sum([_check_entry(entry) for entry in entries])
+    if plain > most:
+        raise OverBudget(f"tensors of {plain} bytes once decoded; the limit is {most}")
+    return header
+
+
+def _check_entry(entry: Entry) -> int:
+    """Return the bytes of the tensor itself."""
+    dtype, codec = DTYPES.get(entry.dtype), CODECS.get(entry.codec)
+    if dtype is None or codec is None:
+        raise ProtocolError(f"tensor {entry.name[:64]!r}: dtype {entry.dtype[:16]!r}, codec {entry.codec[:16]!r}")
+    plain = math.prod(entry.shape) * dtype.itemsize
+    if plain > MOST_BYTES:
+        raise OverBudget(f"tensor {entry.name[:64]!r} of shape {entry.shape}; the limit is {MOST_BYTES} bytes")
+    raw = entry.codec == "raw"
+    if not raw and not (dtype.is_floating_point and entry.shape):
+        raise ProtocolError(f"tensor {entry.name[:64]!r}: codec {entry.codec!r} is for floating point only")
+    most = plain if raw and plain else codec.size(entry.shape, dtype)  # the latter also judges shapes with a 0
+    if entry.nbytes > most or (codec.fixed and entry.nbytes != most):
+        raise ProtocolError(
+            f"tensor {entry.name[:64]!r}: {entry.nbytes} bytes for shape {entry.shape} under {codec.name}, not {most}"
+        )
+    return plain
+
+
+def _tensors(header: Header, body: bytearray | memoryview) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    offset = 0
+    for entry in header.tensors:
+        dtype, nbytes = DTYPES[entry.dtype], entry.nbytes
+        if entry.codec == "raw" and nbytes and dtype in NUMPY:
+            values = np.frombuffer(body, NUMPY[dtype], nbytes // dtype.itemsize, offset)
+            tensor = torch.from_numpy((values if values.flags.aligned else values.copy()).reshape(entry.shape))
+            if not (nbytes < SMALL and _plainly_finite(body, offset, nbytes, dtype)):
+                check_finite(entry.name, tensor)
+            tensors[entry.name], offset = tensor, offset + nbytes
+            continue
+        plain = entry.codec == "raw" and not offset % dtype.itemsize  # a body begins where any type may begin
+        kind = dtype if plain else torch.uint8
+        count = nbytes // kind.itemsize
+        flat = torch.frombuffer(body, dtype=kind, count=count, offset=offset) if count else torch.empty(0, dtype=kind)
+        offset += nbytes
+        if entry.codec != "raw":
+            tensor = CODECS[entry.codec].decode(flat, entry.shape, dtype)
+        else:
+            tensor = (flat if plain else flat.clone().view(dtype)).view(entry.shape)
+        check_finite(entry.name, tensor)
+        tensors[entry.name] = tensor
+    return tensors
+
+
+def _plainly_finite(body: bytearray | memoryview, offset: int, nbytes: int, dtype: torch.dtype) -> bool:
+    """Whether no fp32 value can be NaN or infinite: their highest bytes, sign and exponent, are 7f or ff."""
+    if dtype != torch.float32:
+        return not dtype.is_floating_point
+    highest = bytes(body[offset + 3 : offset + nbytes : 4])
+    return b"\x7f" not in highest and b"\xff" not in highest
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise ProtocolError if a tensor holds NaN or infinity (one pass: the extremes are NaN if any value is)."""
+    if tensor.is_floating_point() and tensor.numel():
+        low, high = torch.aminmax(tensor)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ProtocolError(f"{name[:80]!r} holds values that are not finite; lower the learning rate or use fp32")
+
+
+def decode(frames: Iterable[bytes], seal: Seal, expect: Expect | None = None) -> Message:
     """Return the message of a whole list of frames. Raises ProtocolError if it is not exactly one message."""
-    incoming, message = Incoming(), None
+    incoming, message = Incoming(seal, expect), None
     for frame in frames:
         if message is not None:
             raise ProtocolError("bytes after the end of the message")
@@ -148,3 +319,9 @@ def decode(frames: Iterator[bytes] | list[bytes]) -> Message:
     if message is None:
         raise ProtocolError("the message is cut short")
     return message
+
+
+def reopen(header: bytes, body: bytes) -> Message:
+    """Return a message that `pack` made, from a store of this party's own. Raises ProtocolError if it is damaged."""
+    read = read_header(header, len(body))
+    return Message(read.meta, _tensors(read, memoryview(bytearray(body))))

@@ -1,97 +1,83 @@
 """The link between machines: one gRPC bidirectional stream a connection, raw frames of at most 1 MiB, mutual TLS.
 
-A `GrpcLink` is a plain function to its caller; the event loop lives in one background thread of the process. A broken
-line is connected again, greeted again, and the request is sent again: every request of the protocol may be repeated.
+A `GrpcLink` is a plain function to its caller, and it runs in the caller's thread. A broken line is connected again,
+greeted again, and the request is sent again: every request of the protocol may be repeated. What is sent again is what
+was sent before, byte for byte, but for the request's number and tag.
 """
 
 from __future__ import annotations
 
-import asyncio
+import hashlib
 import logging
+import queue
 import threading
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any, TypeVar
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import grpc
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from noren.errors import LinkError, PeerError, ProtocolError, from_wire
-from noren.types import Failure, Message
-from noren.wire.envelope import Incoming, encode
-from noren.wire.identity import Credentials
+from noren.errors import LinkError, Overloaded, ProtocolError, from_wire
+from noren.types import Backward, Failure, Hello, Message, Welcome
+from noren.wire.envelope import Expect, Header, Incoming, Packed, pack
+from noren.wire.identity import Credentials, Insecure
+from noren.wire.seal import Seal, new_key
+from noren.wire.settings import Wire, codecs_for
 from noren.wire.traffic import Traffic
+from noren.wire.watchdog import WATCHDOG
 
 METHOD = "/noren.Party/Exchange"
-OPTIONS: list[tuple[str, Any]] = [
-    ("grpc.max_receive_message_length", 4 << 20),
-    ("grpc.max_send_message_length", 4 << 20),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-]
-T = TypeVar("T")
+KEY_HEADER, CODE_HEADER = "noren-key-bin", "noren-code"
 log = logging.getLogger("noren.link")
 
 
-class _Loop:
-    """One event loop in a daemon thread, started at first use."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def get(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="noren-wire", daemon=True).start()
-            return self._loop
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine from another thread and wait for it; an interrupt cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work, self.get())
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-
-LOOP = _Loop()
+def options(keepalive: float) -> list[tuple[str, Any]]:
+    """GRPC's settings at both ends: a peer that is silent for two `keepalive`s (seconds) is gone."""
+    return [
+        ("grpc.max_receive_message_length", 4 << 20),
+        ("grpc.max_send_message_length", 4 << 20),
+        ("grpc.keepalive_time_ms", int(keepalive * 1000)),
+        ("grpc.keepalive_timeout_ms", int(keepalive * 1000)),
+        ("grpc.http2.ping_timeout_ms", int(keepalive * 1000)),  # of other pings, which a keepalive may join
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.min_reconnect_backoff_ms", 5_000),  # gRPC takes it as the time that a TLS handshake may take, too
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.use_local_subchannel_pool", 1),  # a line is its own: a new certificate means a new connection
+        ("grpc.enable_http_proxy", 0),
+    ]
 
 
 class GrpcLink:
     """A Handler at `address` ("host:port").
 
     `greet` makes the message that opens every connection (the handshake); `greeted` checks its answer, and gives what
-    else must be sent before the line is used. `first_seconds` bounds the first connecting,
-    `patience` the time for which a line that once worked is tried again; `deadline` one request.
+    else must be sent before the line is used. `expect(request)` judges the header of its answer before memory is taken.
+    `first_seconds` bounds the first connecting; `wire` says the rest.
     """
 
     def __init__(
         self,
         address: str,
-        credentials: Credentials,
+        credentials: Credentials | Insecure,
         *,
         greet: Callable[[], Message] | None = None,
         greeted: Callable[[Message], Iterable[Message]] = lambda welcome: (),
+        expect: Callable[[Message], Expect] | None = None,
         first_seconds: float = 8.0,
-        patience: float = 120.0,
-        deadline: float = 600.0,
+        wire: Wire | None = None,
     ) -> None:
-        credentials.check("client")
+        if isinstance(credentials, Credentials):
+            credentials.check("client")
         self.address, self.welcome = address, Message(Failure(code="refused", sentence="not connected"))
-        self.traffic = Traffic()
-        self.connections = 0
+        self.traffic, self.connections = Traffic(), 0
+        self.wire = wire or Wire()
+        self.patience = self.wire.patience_seconds
         self._credentials, self._greet, self._greeted = credentials, greet, greeted
-        self._first, self.patience, self._deadline = first_seconds, patience, deadline
-        self._request = 0
-        self._channel: grpc.aio.Channel | None = None
-        self._stream: Any = None
+        self._expect, self._first = expect, first_seconds
+        self._line: _Line | None = None
         self._one_at_a_time = threading.Lock()
 
     def __call__(self, message: Message) -> Message:
@@ -99,23 +85,34 @@ class GrpcLink:
 
         Raises LinkError if the peer cannot be reached for long enough, or PeerError as the peer raised it.
         """
+        packed = self._pack(message)
         with self._one_at_a_time:
-            seconds = self.patience if self.connections else self._first
-            tries = Retrying(
-                retry=retry_if_exception_type(_Broken),
-                stop=stop_after_delay(seconds),
-                wait=wait_random_exponential(multiplier=0.05, max=2.0),
-                before_sleep=lambda state: self._tell(state.attempt_number, seconds),
-                reraise=True,
-            )
             try:
-                return tries(self._try, message)
-            except _Broken as error:
-                raise LinkError(f"{self.address}: no answer for {seconds:.0f} s: {error}") from None
+                return self._try(message, packed)
+            except (_Broken, Overloaded) as error:
+                return self._try_again(message, packed, error)
 
-    def _tell(self, attempt: int, seconds: float) -> None:
-        if attempt == 1 and self.connections:
+    def _try_again(self, message: Message, packed: Packed, first: Exception) -> Message:
+        seconds = self.patience if self.connections else self._first
+        if self.connections and isinstance(first, _Broken):
             log.error("the line to %s broke; trying again for %.0f s", self.address, seconds)
+        backoff = wait_random_exponential(multiplier=0.05, max=2.0)
+
+        def pause(state: RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            return backoff(state) + (error.retry_after if isinstance(error, Overloaded) else 0.0)
+
+        tries = Retrying(
+            retry=retry_if_exception_type((_Broken, Overloaded)),
+            stop=stop_after_delay(seconds),
+            wait=pause,
+            reraise=True,
+        )
+        time.sleep(first.retry_after if isinstance(first, Overloaded) else 0.02)
+        try:
+            return tries(self._try, message, packed)
+        except _Broken as error:
+            raise LinkError(f"{self.address}: no answer for {seconds:.0f} s: {error}") from None
 
     def connect(self) -> Message:
         """Connect now, and return the answer to the greeting. Raises as a call does."""
@@ -126,95 +123,163 @@ class GrpcLink:
     def close(self) -> None:
         """End the connection. Safe to call twice."""
         with self._one_at_a_time:
-            LOOP.run(self._drop())
+            self._drop()
 
-    def _try(self, message: Message) -> Message:
+    def _pack(self, message: Message) -> Packed:
+        """The bytes of a message, the same at every attempt: stochastic rounding draws from the step's own name."""
+        meta, wire = message.meta, self.wire
+        seed = None
+        if isinstance(meta, Backward):
+            seed = rounding_seed(meta.session, message.kind)
+        return pack(message, codecs_for(message.kind, wire.activations, wire.gradients), seed)
+
+    def _try(self, message: Message, packed: Packed) -> Message:
         try:
-            reply = LOOP.run(self._exchange(message))
-        except grpc.aio.AioRpcError as error:
-            LOOP.run(self._drop())
+            reply = self._exchange(message, packed)
+        except grpc.RpcError as error:
+            late = self._line is not None and self._line.late
+            self._drop()
+            if late:
+                seconds = self.wire.deadline_seconds
+                raise LinkError(f"{self.address}: no answer to a {message.kind!r} within {seconds:g} s") from error
             raise self._explained(error) from error
-        except TimeoutError as error:
-            LOOP.run(self._drop())
-            raise LinkError(f"{self.address}: no answer to a {message.kind!r} within {self._deadline:.0f} s") from error
-        except (_Broken, PeerError, KeyboardInterrupt):
-            LOOP.run(self._drop())
+        except BaseException:
+            self._drop()
             raise
         if isinstance(reply.meta, Failure):
-            raise from_wire(reply.meta.code, reply.meta.sentence, self.address)
+            raise from_wire(reply.meta.code, reply.meta.sentence, self.address, reply.meta.retry_after)
         return reply
 
-    async def _exchange(self, message: Message) -> Message:
-        async with asyncio.timeout(self._deadline):
-            if self._stream is None:
-                await self._open()
-                if self._greet is not None:
-                    self.welcome = await self._ask(self._greet())
-                    if isinstance(self.welcome.meta, Failure):
-                        await self._drop()
-                        return self.welcome
-                    self.connections += 1
-                    if message.kind == "hello":
-                        return self.welcome
-                    for more in self._greeted(self.welcome):
-                        if isinstance((answer := await self._ask(more)).meta, Failure):
-                            await self._drop()
-                            return answer
-                else:
-                    self.connections += 1
-            return await self._ask(message)
+    def _exchange(self, message: Message, packed: Packed) -> Message:
+        if self._line is not None:
+            return self._ask(message, packed)
+        self._line = _Line(self.address, self._credentials, self.wire)
+        if self._greet is None:
+            answer = self._ask(message, packed)
+            self.connections += 1
+            return answer
+        hello = self._greet()
+        self.welcome = self._ask(hello, self._pack(hello))
+        if isinstance(self.welcome.meta, Failure):
+            welcome = self.welcome
+            self._drop()
+            return welcome
+        self.connections += 1
+        if isinstance(message.meta, Hello):
+            return self.welcome
+        for more in self._greeted(self.welcome):
+            if isinstance((answer := self._ask(more, self._pack(more))).meta, Failure):
+                self._drop()
+                return answer
+        return self._ask(message, packed)
 
-    async def _open(self) -> None:
-        self._channel = grpc.aio.secure_channel(self.address, self._credentials.client(), options=OPTIONS)
-        self._stream = self._channel.stream_stream(METHOD)()
-
-    async def _ask(self, message: Message) -> Message:
-        self._request += 1
-        sent = 0
-        for frame in encode(message, self._request):
-            try:
-                await self._stream.write(bytes(frame))
-            except asyncio.InvalidStateError:
-                raise _Broken("the peer has ended the connection") from None
-            sent += len(frame)
-        incoming = Incoming()
-        while True:
-            frame = await self._stream.read()
-            if frame is grpc.aio.EOF:
-                raise _Broken("the peer ended the connection")
-            if (reply := incoming.feed(frame)) is not None:
-                break
-        if incoming.request != self._request:
-            raise ProtocolError(f"{self.address} answered request {incoming.request}, asked was {self._request}")
-        self.traffic.note(message.kind, sent, incoming.nbytes)
+    def _ask(self, message: Message, packed: Packed) -> Message:
+        assert self._line is not None
+        expect = self._expect(message) if self._expect is not None else any_answer(message)
+        reply, sent, received = self._line.ask(packed, expect, self.wire.deadline_seconds)
+        self.traffic.note(message.kind, sent, received)
         return reply
 
-    async def _drop(self) -> None:
-        stream, channel, self._stream, self._channel = self._stream, self._channel, None, None
-        if stream is not None:
-            stream.cancel()
-        if channel is not None:
-            await channel.close()
+    def _drop(self) -> None:
+        line, self._line = self._line, None
+        if line is not None:
+            line.close()
 
-    def _explained(self, error: grpc.aio.AioRpcError) -> Exception:
-        text = f"{error.details()} {error.debug_error_string() or ''}"
+    def _explained(self, error: grpc.RpcError) -> Exception:
+        code, details = error.code(), error.details() or ""
+        text = f"{details} {getattr(error, 'debug_error_string', lambda: '')() or ''}"
         if "WRONG_VERSION_NUMBER" in text:
-            return LinkError(f"{self.address} does not speak TLS, so it is no Noren party; is this the right port?")
-        if "CERTIFICATE_VERIFY_FAILED" in text or "SSL_ERROR" in text or "certificate" in text.lower():
+            return LinkError(
+                f"{self.address} does not speak TLS: it is no Noren party, or one that serves with --insecure; is this "
+                "the right port?"
+            )
+        if "CERTIFICATE_VERIFY_FAILED" in text or "SSL_ERROR" in text or "certificate verify" in text.lower():
+            ca = getattr(self._credentials, "ca", "the authority")
             return LinkError(
                 f"{self.address}: the TLS handshake failed: the server's certificate is not signed by "
-                f"{self._credentials.ca}, or not made for this host name; get the right ca.crt from the operator, or "
+                f"{ca}, or not made for this host name; get the right ca.crt from the operator, or "
                 "issue the server's certificate with `--host`"
             )
-        if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-            return PeerError(f"{self.address}: {error.details()}")
-        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        sent = dict(error.trailing_metadata() or ()).get(CODE_HEADER)
+        if sent is not None:
+            return from_wire(str(sent), details, self.address, 0.5)
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return Overloaded(f"{self.address}: {details}", 0.5)
+        if code is grpc.StatusCode.UNIMPLEMENTED:
             return ProtocolError(f"{self.address} speaks gRPC but is no Noren party; is this the right port?")
         hint = ""
         if "Socket closed" in text and not self.connections:
             hint = " (it hangs up during the handshake: it may not accept this client's certificate)"
-        return _Broken(f"{error.code().name.lower()}: {error.details()}{hint}; is the server running there?")
+        return _Broken(f"{code.name.lower()}: {details}{hint}; is the server running there?")
+
+
+class _Line:
+    """One connection: a channel, a stream on it, and its seal."""
+
+    def __init__(self, address: str, credentials: Credentials | Insecure, wire: Wire) -> None:
+        settings = options(wire.keepalive_seconds)
+        if isinstance(credentials, Insecure):
+            credentials.warn(f"connecting to {address}")
+            self._channel = grpc.insecure_channel(address, settings)
+        else:
+            self._channel = grpc.secure_channel(address, credentials.client(), settings)
+        self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        key = new_key()
+        self._seal = Seal(key, client=True)
+        self._request = 0
+        self.late = False
+        method = self._channel.stream_stream(METHOD)
+        self._stream: Any = method(iter(self._frames.get, None), metadata=((KEY_HEADER, key),))
+
+    def ask(self, packed: Packed, expect: Expect, seconds: float) -> tuple[Message, int, int]:
+        """Send a request; returns (answer, bytes sent, bytes received). Raises RpcError, _Broken or PeerError."""
+        self._request += 1
+        sent = 0
+        with WATCHDOG.limit(seconds, self._expire):
+            for frame in packed.frames(self._request, self._seal):
+                self._frames.put(frame)
+                sent += len(frame)
+            incoming = Incoming(self._seal, expect)
+            for frame in self._stream:
+                if (reply := incoming.feed(frame)) is not None:
+                    break
+            else:
+                raise _Broken("the peer ended the connection")
+        if incoming.request != self._request:
+            raise ProtocolError(f"request {incoming.request} was answered, asked was {self._request}")
+        return reply, sent, incoming.nbytes
+
+    def _expire(self) -> None:
+        self.late = True
+        self._stream.cancel()
+
+    def close(self) -> None:
+        self._frames.put(None)
+        self._stream.cancel()
+        self._channel.close()
 
 
 class _Broken(Exception):
     """The line broke; the request may be sent again."""
+
+
+def rounding_seed(session: str, kind: str) -> int:
+    """Seed of stochastic rounding for one message of one step."""
+    return int.from_bytes(hashlib.sha256(f"{session}/{kind}".encode()).digest()[:7], "big")
+
+
+ANSWERS = {"hello": "welcome", "forward": "hidden", "backward": "gradient", "pull": "state", "status": "condition"}
+"""Kind of request -> kind of answer; "done" for all others."""
+
+
+def any_answer(message: Message) -> Expect:
+    """Expect the right kind of answer, whatever its shapes."""
+    wanted = {ANSWERS.get(message.kind, "done"), "failure"}
+
+    def expect(header: Header) -> None:
+        if header.kind not in wanted:
+            raise ProtocolError(f"the peer answered a {message.kind!r} with a {header.kind!r}")
+        if isinstance(header.meta, Failure | Welcome) and header.tensors:
+            raise ProtocolError(f"a {header.kind!r} carries no tensors")
+
+    return expect

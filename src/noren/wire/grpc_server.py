@@ -1,21 +1,35 @@
-"""The server's end of the links: accepts connections, names their owners by certificate, answers their messages."""
+"""The server's end of the links: accepts connections, names their owners by certificate, answers their messages.
+
+Each connection has a thread of gRPC's pool. A second thread looks after all of them: it ends those whose certificate
+was revoked or has run out, those that stand still in the middle of a message, and those that never say hello.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, NoReturn, Protocol
 
 import grpc
 import torch
 
-from noren.errors import ConfigError, NorenError, to_wire
-from noren.types import Failure, Message
-from noren.wire.envelope import Incoming, encode
-from noren.wire.grpc_link import LOOP, METHOD, OPTIONS
-from noren.wire.identity import Credentials, Identity, parse_identity
+from noren.errors import ConfigError, Denied, NorenError, Overloaded, PeerError, ProtocolError, to_wire
+from noren.types import Backward, Failure, Message
+from noren.wire import access
+from noren.wire.envelope import Header, Incoming, Packed, pack
+from noren.wire.grpc_link import CODE_HEADER, KEY_HEADER, METHOD, options, rounding_seed
+from noren.wire.identity import Credentials, Identity, Insecure, Peer, Revocations, peer_of
+from noren.wire.observe import Observed, add_health, reason_of
+from noren.wire.seal import Seal
+from noren.wire.settings import Doors, codecs_for
+
+LEAST_RATE = 10_000
+"""Bytes a second below which a message is too slow, after `Doors.stall_seconds`."""
 
 log = logging.getLogger("noren.wire")
 
@@ -23,22 +37,50 @@ log = logging.getLogger("noren.wire")
 class Answers(Protocol):
     """The Handler of one connection."""
 
+    @property
+    def codecs(self) -> tuple[str, str]:
+        """Codecs of activations and gradients, as agreed in the hello."""
+
+    @property
+    def in_run(self) -> bool:
+        """Whether a hello was accepted."""
+
     def __call__(self, message: Message) -> Message:
         """Answer a message."""
+
+    def expect(self, header: Header) -> None:
+        """Raise PeerError unless this header is one that was agreed; its body has not been read."""
 
     def disconnect(self) -> None:
         """The connection is over."""
 
 
-Connect = Callable[[str], Answers]
-"""Makes the Handler of a new connection, given its owner's name."""
+Connect = Callable[[Identity], Answers]
+"""Makes the Handler of a new connection, given who it comes from."""
 
-SERVER_OPTIONS = [
-    *OPTIONS,
-    ("grpc.so_reuseport", 0),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-    ("grpc.http2.max_ping_strikes", 0),
-]
+
+@dataclass(eq=False)
+class _Visit:
+    """One connection, as the thread that looks after them sees it."""
+
+    peer: Peer
+    context: grpc.ServicerContext
+    since: float = field(default_factory=time.monotonic)
+    busy: str = "waiting for a hello"  # "" between messages and while an answer is worked out
+    crossed: int = 0  # bytes of the message that have crossed
+    ended: str = ""
+
+    def at(self, busy: str, crossed: int = 0) -> None:
+        """Note what the connection is doing, with a message of which so many bytes have crossed."""
+        self.crossed = crossed
+        if busy != self.busy or not busy:
+            self.busy, self.since = busy, time.monotonic()
+
+    def end(self, why: str) -> None:
+        """Cut the connection."""
+        self.ended = why
+        log.warning("cut off %s: %s", self.peer.identity.name, why)
+        self.context.cancel()
 
 
 class GrpcServer:
@@ -50,30 +92,76 @@ class GrpcServer:
     def __init__(
         self,
         address: str,
-        credentials: Credentials,
+        credentials: Credentials | Insecure,
         connect: Connect,
         *,
+        doors: Doors | None = None,
+        keepalive: float = 10.0,
         tick: Callable[[], None] | None = None,
         tick_seconds: float = 5.0,
-        workers: int = 16,
+        observed: Observed | None = None,
+        watch_seconds: float = 0.5,
     ) -> None:
         self._identity = credentials.check("server")
         self._address, self._credentials, self._connect = address, credentials, connect
-        self._tick, self._tick_seconds = tick, tick_seconds
-        self._workers = ThreadPoolExecutor(workers, thread_name_prefix="noren-answer")
-        self._server: grpc.aio.Server | None = None
-        self._ticking: asyncio.Task[None] | None = None
+        self._revoked = Revocations(credentials.ca) if isinstance(credentials, Credentials) else None
+        self._doors, self._keepalive = doors or Doors(), keepalive
+        self.observed = observed or Observed()
+        self.observed.watch("noren_connections", lambda: len(self._visits))
+        self._health: Any = None
+        self._tick, self._tick_seconds, self._watch_seconds = tick, tick_seconds, watch_seconds
+        self._visits: set[_Visit] = set()
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._server: grpc.Server | None = None
         self.port = 0
+
+    @property
+    def connections(self) -> int:
+        """Connections that are open."""
+        return len(self._visits)
 
     def start(self) -> GrpcServer:
         """Listen. Raises ConfigError if the address cannot be used."""
-        LOOP.run(self._start())
+        most = self._doors.connections
+        pool = ThreadPoolExecutor(most + 8, thread_name_prefix="noren-connection")
+        settings = [
+            *options(self._keepalive),
+            ("grpc.so_reuseport", 0),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 50),
+            ("grpc.http2.max_ping_strikes", 0),
+            ("grpc.server_handshake_timeout_ms", int(self._doors.hello_seconds * 1000)),
+            ("grpc.max_connection_idle_ms", int(self._doors.hello_seconds * 1000)),  # no stream on it
+            ("grpc.max_concurrent_streams", self._doors.connections_each),
+        ]
+        self._server = server = grpc.server(pool, options=settings, maximum_concurrent_rpcs=most + 8)
+        service, _, method = METHOD.strip("/").partition("/")
+        handler = grpc.stream_stream_rpc_method_handler(self._exchange)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+        self._health = add_health(server, self._may_ask)
+        try:
+            if isinstance(self._credentials, Insecure):
+                self._credentials.warn(f"serving at {self._address}")
+                self.port = server.add_insecure_port(self._address)
+            else:
+                self.port = server.add_secure_port(self._address, self._credentials.server())
+        except RuntimeError:
+            self.port = 0
+        if not self.port:
+            raise ConfigError(f"cannot listen on {self._address}; is the port taken, the address one of this machine?")
+        server.start()
+        threading.Thread(target=self._look_after, name="noren-doors", daemon=True).start()
+        if self._tick is not None:
+            threading.Thread(target=self._keep_ticking, args=(self._tick,), name="noren-tick", daemon=True).start()
         return self
 
     def stop(self, grace: float = 1.0) -> None:
         """Stop listening, give running answers `grace` seconds."""
-        LOOP.run(self._stop(grace))
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        self._over.set()
+        if self._health is not None:
+            self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            self._server.stop(grace).wait(grace + 5)
 
     def __enter__(self) -> GrpcServer:
         return self.start()
@@ -81,84 +169,168 @@ class GrpcServer:
     def __exit__(self, *exc: object) -> None:
         self.stop()
 
-    async def _start(self) -> None:
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        handler = grpc.stream_stream_rpc_method_handler(self._exchange)
-        service, _, method = METHOD.strip("/").partition("/")
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+    def _look_after(self) -> None:
+        while not self._over.wait(self._watch_seconds):
+            for visit in list(self._visits):
+                if not visit.ended and (why := self._why_not(visit)):
+                    visit.end(why)
+
+    def _keep_ticking(self, tick: Callable[[], None]) -> None:
+        """A thread of its own: a tick waits for what is being computed, and the doors must not."""
+        while not self._over.wait(self._tick_seconds):
+            try:
+                tick()
+            except Exception:
+                log.exception("ending what has expired failed")
+
+    def _why_not(self, visit: _Visit) -> str:
+        """Say why a connection must end now; "" if it may stay."""
         try:
-            self.port = self._server.add_secure_port(self._address, self._credentials.server())
-        except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {self._address}: {error}; is the port taken?") from error
-        if not self.port:
-            raise ConfigError(f"cannot listen on {self._address}; is the port taken, the address of this machine?")
-        await self._server.start()
-        if self._tick is not None:
-            self._ticking = asyncio.get_running_loop().create_task(self._keep_ticking(self._tick))
+            self._check_certificate(visit.peer)
+        except Denied as error:
+            return str(error)
+        seconds = self._doors.hello_seconds if "hello" in visit.busy else self._doors.stall_seconds
+        seconds += visit.crossed / LEAST_RATE
+        if visit.busy and time.monotonic() - visit.since > seconds:
+            return f"{visit.busy} for more than {seconds:.0f} s"
+        return ""
 
-    async def _keep_ticking(self, tick: Callable[[], None]) -> None:
-        while True:
-            await asyncio.sleep(self._tick_seconds)
-            await asyncio.get_running_loop().run_in_executor(self._workers, tick)
+    def _check_certificate(self, peer: Peer) -> None:
+        if self._revoked is not None and self._revoked.revoked(peer.serial):
+            raise Denied(f"the certificate of {peer.identity.name!r} was revoked")
+        if peer.not_after <= datetime.now(UTC):
+            raise Denied(f"the certificate of {peer.identity.name!r} has expired")
 
-    async def _stop(self, grace: float) -> None:
-        if self._ticking is not None:
-            self._ticking.cancel()
-        if self._server is not None:
-            await self._server.stop(grace)
+    def _admit(self, context: grpc.ServicerContext) -> tuple[Peer, Seal]:
+        """Return who has connected, and the connection's seal. Raises Denied, Overloaded or ProtocolError."""
+        doors = self._doors
+        peer = self._peer(context)
+        self._check_certificate(peer)
+        name = peer.identity.name
+        if doors.clients and name not in doors.clients:
+            raise Denied(f"{name!r} is not among the clients of this party")
+        metadata = {key: value for key, value in context.invocation_metadata()}
+        key = metadata.get(KEY_HEADER, b"")
+        seal = Seal(key if isinstance(key, bytes) else b"", client=False)
+        if len(self._visits) >= doors.connections:
+            raise Overloaded(f"{doors.connections} connections are open, which is the limit")
+        if sum(visit.peer.identity.name == name for visit in list(self._visits)) >= doors.connections_each:
+            raise Overloaded(f"{name!r} has {doors.connections_each} connections open, the limit for one client")
+        return peer, seal
 
-    async def _exchange(self, requests: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-        owner = self._owner(context.peer_identities() or ())
-        if owner is None:
-            await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED, "the client's certificate names no party of this federation"
-            )
-            return
-        log.info("connected: %s", owner.name)
-        connection = self._connect(owner.name)
-        loop = asyncio.get_running_loop()
-        incoming = Incoming()
+    def _may_ask(self, context: grpc.ServicerContext) -> None:
+        """Raise Denied unless this peer may ask how the party is."""
+        self._check_certificate(self._peer(context))
+
+    def _peer(self, context: grpc.ServicerContext) -> Peer:
+        if isinstance(self._credentials, Insecure):
+            return Peer(Identity("anonymous", "client", self._identity.federation), 0, datetime.max.replace(tzinfo=UTC))
+        certificates = context.auth_context().get("x509_pem_cert") or [b""]
         try:
-            async for frame in requests:
-                try:
-                    message = incoming.feed(frame)
-                    if message is None:
-                        continue
-                    answer = await loop.run_in_executor(self._workers, self._answer, connection, message, owner)
-                except NorenError as error:  # the frames make no message: nothing after them can be read either
-                    answer = _failure(error)
-                for out in encode(answer, incoming.request):
-                    await context.write(bytes(out))
-                if isinstance(answer.meta, Failure) and answer.meta.code == "protocol":
-                    return
-                incoming = Incoming()
+            peer = peer_of(certificates[0])
+        except ConfigError as error:
+            raise Denied(f"the client's certificate names no party of this federation: {error}") from error
+        if peer.identity.federation != self._identity.federation:
+            raise Denied("the client's certificate names no party of this federation")
+        return peer
+
+    def _exchange(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        try:
+            with self._lock:
+                peer, seal = self._admit(context)
+                visit = _Visit(peer, context)
+                self._visits.add(visit)
+        except PeerError as error:
+            self.observed.refused("revoked" if "revoked" in str(error) else reason_of(error))
+            log.warning("turned away: %s", error)
+            _abort(context, error)
+        who = {"owner": peer.identity.name, "role": peer.identity.role}
+        log.info("connected", extra=who)
+        connection = self._connect(peer.identity)
+        try:
+            yield from self._converse(visit, connection, seal, requests)
+        except NorenError as error:  # the frames make no message: nothing after them can be read either
+            reason = "malformed" if isinstance(error, ProtocolError) else reason_of(error)
+            self.observed.refused(reason)
+            log.warning("refused bytes: %s", error, extra=who | {"reason": reason})
+            _abort(context, error)
+        except grpc.RpcError:
+            pass  # the client has gone
         finally:
+            self._visits.discard(visit)
             connection.disconnect()
-            log.info("disconnected: %s", owner.name)
+            log.info("disconnected", extra=who)
+
+    def _converse(self, visit: _Visit, connection: Answers, seal: Seal, requests: Iterator[bytes]) -> Iterator[bytes]:
+        def expect(header: Header) -> None:
+            access.check(header.kind, visit.peer.identity.role, in_run=connection.in_run)
+            connection.expect(header)
+
+        incoming = Incoming(seal, expect, self._doors.message_bytes)
+        for frame in requests:
+            message = incoming.feed(frame)
+            if message is None:
+                visit.at("in the middle of a message", incoming.nbytes)
+                continue
+            visit.at("")
+            started, down = time.perf_counter(), 0
+            answer = self._answer(connection, message, visit.peer.identity)
+            seconds = time.perf_counter() - started
+            packed = pack_answer(message, answer, connection.codecs)
+            for out in packed.frames(incoming.request, seal):
+                visit.at("not reading its answer", down)
+                down += len(out)
+                yield out
+            role = visit.peer.identity.role
+            self.observed.answered(message.kind, role, seconds, incoming.nbytes, down)
+            log.debug("answered", extra=_facts(visit, message, seconds) | {"up": incoming.nbytes, "down": down})
+            visit.at("" if connection.in_run else "waiting for a hello")
+            incoming = Incoming(seal, expect, self._doors.message_bytes)
+        if incoming.nbytes:
+            raise ProtocolError("the stream ended in the middle of a message")
 
     def _answer(self, connection: Answers, message: Message, owner: Identity) -> Message:
         try:
             with torch.no_grad():
                 return connection(message)
-        except NorenError as error:
-            log.warning("refused %s of %s: %s", message.kind, owner.name, error)
-            return _failure(error)
         except Exception as error:
-            log.exception("could not answer %s of %s", message.kind, owner.name)
-            return _failure(error)
-
-    def _owner(self, identities: Any) -> Identity | None:
-        for raw in identities:
-            text = bytes(raw).decode("utf-8", "replace")
-            if text.startswith("spiffe://"):
-                try:
-                    identity = parse_identity(text)
-                except ConfigError:
-                    return None
-                return identity if identity.federation == self._identity.federation else None
-        return None
+            reason = reason_of(error)
+            self.observed.refused(reason)
+            who = {"owner": owner.name, "role": owner.role, "kind": message.kind, "reason": reason}
+            if isinstance(error, NorenError):
+                log.warning("refused: %s", error, extra=who)
+            else:
+                log.exception("could not answer", extra=who)
+            return failure(error)
 
 
-def _failure(error: Exception) -> Message:
+def _facts(visit: _Visit, message: Message, seconds: float) -> dict[str, Any]:
+    identity = visit.peer.identity
+    return {"owner": identity.name, "role": identity.role, "kind": message.kind, "seconds": round(seconds, 6)}
+
+
+def pack_answer(request: Message, answer: Message, codecs: tuple[str, str]) -> Packed:
+    """Return an answer as bytes: the same for the same request and answer."""
+    seed = rounding_seed(request.meta.session, answer.kind) if isinstance(request.meta, Backward) else None
+    return pack(answer, codecs_for(answer.kind, *codecs), seed)
+
+
+def failure(error: BaseException) -> Message:
+    """Return the message by which an error crosses."""
     code, sentence = to_wire(error)
-    return Message(Failure(code=code, sentence=sentence[:4000]))
+    return Message(Failure(code=code, sentence=sentence[:4000], retry_after=getattr(error, "retry_after", 0.0)))
+
+
+STATUS = {
+    "denied": grpc.StatusCode.PERMISSION_DENIED,
+    "overloaded": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "over-budget": grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+
+def _abort(context: grpc.ServicerContext, error: NorenError) -> NoReturn:
+    """End a stream with an error, which is raised at the other end as it was raised here."""
+    code, sentence = to_wire(error)
+    context.set_trailing_metadata(((CODE_HEADER, code),))
+    context.abort(STATUS.get(code, grpc.StatusCode.INVALID_ARGUMENT), sentence[:1000])
+    raise AssertionError("abort returned")

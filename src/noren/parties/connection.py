@@ -1,0 +1,374 @@
+"""The Handler of one connection to a remote party: a hello, then the requests of one run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+import torch
+from torch import Tensor
+
+from noren.errors import HandshakeRefused, OverBudget, ProtocolError, SessionLost
+from noren.inference.sessions import Sessions
+from noren.parties.runs import Run, onward_hello
+from noren.partition.stage import Frame, Stage
+from noren.types import (
+    PROTOCOL,
+    Backward,
+    Close,
+    Condition,
+    Done,
+    Forward,
+    Gradient,
+    Hello,
+    Hidden,
+    Message,
+    Pull,
+    Push,
+    State,
+    Status,
+    Step,
+    Terms,
+    Update,
+    Welcome,
+)
+from noren.wire.envelope import Header
+from noren.wire.identity import Identity
+from noren.wire.schema import Schema, nothing_agreed
+
+T = TypeVar("T")
+
+
+class Host(Protocol):
+    """What a connection needs of the party that it leads to (see server.SpanServer)."""
+
+    stage: Stage
+    sessions: Sessions
+    limits: Any
+    connections: int
+    steps: int
+
+    def compute(self, work: Callable[[], T], owner: str = "") -> T:
+        """Run in the thread that computes, in the owner's turn."""
+
+    def open_run(self, owner: str, hello: Hello) -> Run:
+        """Open a run; `release` it."""
+
+    def close_run(self, owner: str, name: str, *, forget: bool) -> None:
+        """End a run."""
+
+    def release(self, run: Run) -> None:
+        """A connection has ended."""
+
+    def terms(self, asked: Terms) -> Terms:
+        """The party's own terms."""
+
+    def condition(self) -> Condition:
+        """How the party is."""
+
+
+class Connection:
+    """The Handler of one connection: the first message must be a Hello, and the owner is fixed."""
+
+    def __init__(self, host: Host, owner: Identity) -> None:
+        self._host, self._owner = host, owner.name
+        self._run: Run | None = None
+        self._schema: Schema | None = None
+        self._name = ""
+        self._gone = False
+        self._door = threading.Lock()  # between the end of the connection and a hello under way
+        self.codecs = ("raw", "raw")
+        host.connections += 1
+
+    @property
+    def in_run(self) -> bool:
+        """Whether a hello was accepted."""
+        return self._run is not None
+
+    def expect(self, header: Header) -> None:
+        """Raise PeerError unless this header is one that was agreed."""
+        schema = self._schema
+        if schema is None or isinstance(header.meta, Hello | Status):
+            nothing_agreed(header)
+        else:
+            schema.request(header)
+
+    def __call__(self, message: Message) -> Message:
+        """Answer one message. Raises PeerError."""
+        meta = message.meta
+        if isinstance(meta, Status):
+            return Message(self._host.condition())
+        if isinstance(meta, Hello):
+            return self._hello(meta)
+        if self._run is None:
+            raise ProtocolError(f"{message.kind!r} before 'hello'")
+        run = self._run
+        with run.lock:
+            if run.closed:
+                self._leave()
+                raise SessionLost("this run was closed by another connection of its owner")
+            match meta:
+                case Forward(train=True):
+                    return self._train_forward(run, run.values(message, self._host.stage))
+                case Forward():
+                    return self._forward(run, meta, message)
+                case Backward():
+                    return self._backward(run, meta, message)
+                case Step():
+                    return self._step(run, meta.update)
+                case Pull():
+                    return self._pull(run, message)
+                case Push():
+                    return self._push(run, meta, message)
+                case Close():
+                    return self._close(run, meta, message)
+        raise ProtocolError(f"a {message.kind!r} is no request")
+
+    def disconnect(self) -> None:
+        """The connection has ended; its run is kept for a while, for a client that comes back."""
+        with self._door:
+            if not self._gone:
+                self._host.connections -= 1
+            self._gone = True
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._run is not None:
+            self._host.release(self._run)
+            self._run = self._schema = None
+
+    def _hello(self, hello: Hello) -> Message:
+        run = self._host.open_run(self._owner, hello)
+        entered = False
+        try:
+            incarnation = run.begun.incarnation
+            if run.following is not None:
+                further = self._hello_beyond(run)
+                if run.begun.next_incarnation not in ("", further.incarnation):  # the next party lost this run
+                    self._host.release(run)
+                    run = self._host.open_run(self._owner, msgspec.structs.replace(hello, resume=""))
+                    further = self._hello_beyond(run)
+                run.further = further.adapter
+                if run.begun.next_incarnation != further.incarnation:
+                    run.begun = msgspec.structs.replace(run.begun, next_incarnation=further.incarnation)
+                    run.ledger.begin(run.begun)
+                incarnation = run.begun.incarnation + further.incarnation
+            with self._door:
+                self._leave()
+                if self._gone:
+                    raise ProtocolError("the connection ended during its hello")
+                self._run, self._name, entered = run, hello.run, True
+                self._schema = run.schema(self._host.stage, self._host.limits.tokens)
+                self.codecs = (hello.terms.activations, hello.terms.gradients)
+        finally:
+            if not entered:
+                self._host.release(run)
+        return Message(
+            Welcome(
+                protocol=PROTOCOL, party=self._host.stage.party, terms=self._host.terms(hello.terms),
+                adapter=run.adapter, step=run.trainer.step, incarnation=incarnation,
+            )
+        )  # fmt: skip
+
+    def _hello_beyond(self, run: Run) -> Welcome:
+        assert run.following is not None
+        further = run.following(onward_hello(self._owner, run)).meta
+        if not isinstance(further, Welcome):
+            raise ProtocolError("the next party answered a hello with something else")
+        mine = self._host.terms(run.begun.hello.terms)
+        if further.protocol != PROTOCOL or further.terms != mine:
+            odd = [name for name in Terms.__struct_fields__ if getattr(further.terms, name) != getattr(mine, name)]
+            raise HandshakeRefused(f"the next party, {further.party!r}, has another {' and '.join(odd) or 'protocol'}")
+        if twice := further.adapter.keys() & run.trainer.shapes().keys():
+            raise ProtocolError(f"the next party answers for {min(twice)[:120]!r}, which is not its own")
+        return further
+
+    def _compute(self, work: Callable[[], T]) -> T:
+        return self._host.compute(work, self._owner)
+
+    def _frame(self, run: Run, meta: Forward, message: Message, keep: int) -> Frame:
+        hidden = message.tensors["hidden"].to(next(self._host.stage.model.parameters()).device)
+        return Frame(hidden, meta.lengths, meta.padding, meta.positions, keep)
+
+    def _forward(self, run: Run, meta: Forward, message: Message) -> Message:
+        """Inference: a step of a session, or a pass without one."""
+        host, stage = self._host, self._host.stage
+        keep = meta.keep if run.following is None else 0
+        frame = self._frame(run, meta, message, keep)
+
+        def work() -> Tensor:
+            self._end(run, meta.ended)
+            if meta.update is not None:
+                self._update(run, meta.update)
+            run.trainer.use(dropout=False)
+            if meta.session and stage.causal:
+                return host.sessions.step((self._owner, self._name, meta.session), frame, meta.start, meta.rows)
+            with torch.inference_mode():
+                return stage(frame.padded(), frame.real, positions=frame.positions, keep=keep)
+
+        before = run.trainer.step
+        try:
+            out = self._compute(work)
+        finally:
+            self._keep_step(run, before)
+        if run.following is not None:
+            return run.following(Message(meta, {"hidden": frame.packed(out)}))
+        return _hidden(frame, out)
+
+    def _train_forward(self, run: Run, message: Message) -> Message:
+        """Training: answered once for its step and number; computed again if only its graph was lost."""
+        trainer, meta = run.trainer, message.meta
+        assert isinstance(meta, Forward)
+        known = run.ledger.answer(message)
+        if known is not None and (trainer.holds(meta.session) or run.ledger.answered(meta.session)):
+            return known
+        frame = self._frame(run, meta, message, 0)
+        before = trainer.step
+
+        def work() -> Tensor:
+            self._end(run, meta.ended)
+            if meta.update is not None and known is None:
+                self._update(run, meta.update)
+            run.ledger.check_step(meta.session, trainer.step)
+            return trainer.forward(meta.session, frame, dropout=meta.dropout)
+
+        try:
+            out = self._compute(work)
+            if run.following is not None:
+                onward = Message(meta, {"hidden": frame.packed(out)})
+                trainer.sent_on(meta.session, onward)
+                answer = run.following(onward)
+            else:
+                answer = _hidden(frame, out)
+        except Exception:
+            self._keep_step(run, before)
+            raise
+        if known is not None:
+            return known
+        self._keep_step(run, before, message, answer)
+        return answer
+
+    def _backward(self, run: Run, meta: Backward, message: Message) -> Message:
+        if (known := run.ledger.answer(message)) is not None:
+            return known
+        run.ledger.check_step(meta.session, run.trainer.step)
+        gradient = message.tensors["gradient"].to(next(self._host.stage.model.parameters()).device)
+        run.trainer.outputs(meta.session)
+        further = 0.0
+        if run.following is not None:
+            reply = self._backward_beyond(run, meta, message)
+            gradient, further = reply.tensors["gradient"].to(gradient.device), reply.meta.square_norm  # type: ignore[union-attr]
+
+        def work() -> tuple[Tensor, float, dict[str, Tensor]]:
+            if meta.discard:
+                run.trainer.discard()
+            out = run.trainer.backward(meta.session, gradient)
+            norm = run.trainer.square_norm() + further
+            return out, norm, run.trainer.gradients() if run.ledger.durable else {}
+
+        out, norm, gradients = self._compute(work)
+        answer = Message(Gradient(square_norm=norm), {"gradient": out})
+        self._keep_step(run, run.trainer.step, message, answer, gradients=gradients)
+        return answer
+
+    def _backward_beyond(self, run: Run, meta: Backward, message: Message) -> Message:
+        """Ask the next party; one that lost its graph is given this party's outputs again first."""
+        assert run.following is not None
+        try:
+            reply = run.following(message)
+        except SessionLost:
+            onward = run.trainer.onward(meta.session)
+            if onward is None:
+                raise
+            run.following(onward)
+            reply = run.following(message)
+        if not isinstance(reply.meta, Gradient):
+            raise ProtocolError("the next party answered a backward with something else")
+        return reply
+
+    def _step(self, run: Run, update: Update) -> Message:
+        before = run.trainer.step
+        self._compute(lambda: self._update(run, update))
+        self._keep_step(run, before)
+        if run.following is not None:
+            run.following(Message(Step(update=update)))
+        return Message(Done(step=update.step))
+
+    def _update(self, run: Run, update: Update) -> None:
+        before = run.trainer.step
+        run.trainer.update(update)
+        self._host.steps += run.trainer.step - before
+
+    def _keep_step(
+        self,
+        run: Run,
+        before: int,
+        request: Message | None = None,
+        answer: Message | None = None,
+        gradients: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Keep what a request led to. If it cannot be kept, memory goes back to what was kept last."""
+        trainer, ledger = run.trainer, run.ledger
+        stepped = trainer.step != before
+        if not (stepped or answer is not None or gradients is not None):
+            return
+        try:
+            state = None
+            if stepped and ledger.durable:
+                state = self._host.compute(lambda: trainer.state(optimizer=True))  # in nobody's turn: not refused
+            ledger.keep(request, answer, step=trainer.step if stepped else None, state=state, gradients=gradients)
+        except Exception as error:
+            self._host.close_run(self._owner, self._name, forget=isinstance(error, OverBudget))
+            raise
+
+    def _pull(self, run: Run, message: Message) -> Message:
+        assert isinstance(message.meta, Pull)
+        optimizer = message.meta.optimizer
+        tensors = self._compute(lambda: run.trainer.state(optimizer=optimizer))
+        if run.following is not None:
+            tensors |= run.following(message).tensors
+        return Message(State(step=run.trainer.step), tensors)
+
+    def _push(self, run: Run, meta: Push, message: Message) -> Message:
+        def work() -> dict[str, Tensor]:
+            run.trainer.load(dict(message.tensors), meta.step)
+            return run.trainer.state(optimizer=True)
+
+        try:
+            run.ledger.keep(step=meta.step, state=self._compute(work))
+        except Exception:
+            self._host.close_run(self._owner, self._name, forget=False)
+            raise
+        if run.following is not None:
+            own = run.trainer.shapes().keys()
+            onward = {n: t for n, t in message.tensors.items() if _base_name(n) not in own}
+            run.following(Message(meta, onward))
+        return Message(Done(step=meta.step))
+
+    def _close(self, run: Run, meta: Close, message: Message) -> Message:
+        if run.following is not None:
+            run.following(message)
+        if meta.session is not None:
+            self._compute(lambda: self._end(run, [str(meta.session)]))
+        else:
+            self._host.close_run(self._owner, self._name, forget=True)
+            self._run = self._schema = None
+        return Message(Done(step=run.trainer.step))
+
+    def _end(self, run: Run, ended: list[str]) -> None:
+        for session in ended:
+            self._host.sessions.end(self._owner, self._name, session)
+            run.trainer.forget(session)
+
+
+def _hidden(frame: Frame, out: Tensor) -> Message:
+    if out.dim() == 2:
+        return Message(Hidden(per_sequence=True), {"hidden": out})
+    return Message(Hidden(), {"hidden": frame.packed(out).contiguous()})
+
+
+def _base_name(name: str) -> str:
+    """The parameter that a tensor of an adapter's state belongs to."""
+    return name.removeprefix("optimizer/").rpartition("/")[0] if name.startswith("optimizer/") else name

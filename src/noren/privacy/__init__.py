@@ -1,0 +1,1 @@
+"""What leaves a party: guards, and the record of what was released."""

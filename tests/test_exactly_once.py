@@ -1,0 +1,206 @@
+"""Each training request counts once, whatever is lost, repeated or crashes; and a ledger with less is found out."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from conftest import identity, local_line
+from noren.errors import LinkError
+from noren.parties.ledger import Ledger
+from noren.parties.server import SpanServer
+from noren.partition.stage import Stage
+from noren.types import Forward, Message, Step, Welcome
+from noren.wire.journal import Journal
+from step_machine import Violation, machine
+from step_tape import OWNER, RUN, Snapshot, as_bytes, ask, build_stages, tape
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    return build_stages(tmp_path_factory.mktemp("steps"), ["client :1", "server 1:2", "client 2:"])["server"]
+
+
+def explore(stage: Stage, number: int, runs: int, rules: int) -> Counter[str]:
+    """Let Hypothesis move the machine; returns what was done. Raises what it finds."""
+    told: Counter[str] = Counter()
+    limits = settings(
+        max_examples=runs, stateful_step_count=rules, deadline=None, database=None, verbosity=Verbosity.quiet,
+        suppress_health_check=list(HealthCheck), phases=(Phase.generate,), report_multiple_bugs=False,
+    )  # fmt: skip
+    run_state_machine_as_test(seed(number)(machine(stage, told)), settings=limits)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("runs", "rules"),
+    [(60, 25), pytest.param(3000, 40, marks=[pytest.mark.nightly, pytest.mark.timeout(3600)])],
+    ids=["short", "nightly"],
+)
+def test_T2_step_protocol(stage: Stage, runs: int, rules: int) -> None:
+    started = time.perf_counter()
+    told = explore(stage, 2, runs, rules)
+    print(f"T2: seed 2, {runs} runs x {rules} rules, {time.perf_counter() - started:.1f} s: {dict(told)}, 0 violations")
+    assert told["runs ended bit for bit as the undisturbed"] == told["runs"] >= runs
+    assert min(told[what] for what in ("crashes", "lost", "duplicates", "graphs lost", "idle")) > runs // 10
+
+
+class NoAnswers(Ledger):
+    """Naive: keeps state, but no answers."""
+
+    def answer(self, request: Message) -> Message | None:
+        return None
+
+    def answered(self, session: str) -> bool:
+        return False
+
+
+class AnswersInMemory(Ledger):
+    """Keeps the state on disk, the answers in memory only."""
+
+    def __init__(self, journal: Any, run: str, most: int = 0) -> None:
+        super().__init__(journal, run, most)
+        self.other = Ledger(None, run)
+
+    def answer(self, request: Message) -> Message | None:
+        return self.other.answer(request)
+
+    def answered(self, session: str) -> bool:
+        return self.other.answered(session)
+
+    def keep(self, request: Message | None = None, answer: Message | None = None, **state: Any) -> None:
+        super().keep(**state)
+        self.other.keep(request, answer, step=state.get("step"))
+
+
+class StateThenAnswer(Ledger):
+    """Two records: the state in one transaction, the answer in the next."""
+
+    def keep(self, request: Message | None = None, answer: Message | None = None, **state: Any) -> None:
+        super().keep(**state)
+        if request is not None:
+            super().keep(request, answer)
+
+
+class AnswerThenState(Ledger):
+    """Two records the other way round."""
+
+    def keep(self, request: Message | None = None, answer: Message | None = None, **state: Any) -> None:
+        if request is not None:
+            super().keep(request, answer)
+        super().keep(**state)
+
+
+MUTANTS = {
+    "naive": NoAnswers,
+    "ram": AnswersInMemory,
+    "two-records": StateThenAnswer,
+    "two-records-reversed": AnswerThenState,
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_T2_mutants_are_caught(name: str, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("noren.parties.server.Ledger", MUTANTS[name])
+    started = time.process_time()
+    with pytest.raises(Violation) as caught:
+        explore(stage, 3, 200, 25)
+    seconds = time.process_time() - started  # of this process, whatever else the machine does
+    print(f"T2: {name}: seed 3, found in {seconds:.2f} s: {caught.value}")
+    assert seconds < 5
+
+
+def test_T2_another_request_under_the_same_name_is_refused(stage: Stage, tmp_path: Path) -> None:
+    recorded = tape(stage, 0)
+    with Journal(tmp_path / "journal") as journal:
+        server = SpanServer(copy.deepcopy(stage), lora=recorded.lora, journal=journal)
+        connection = server.connect(identity(OWNER))
+        connection(Message(recorded.hello))
+        answers = [ask(connection, request) for request in recorded.requests[:2]]
+        before = Snapshot.of(server.runs[OWNER, RUN])
+        for header, body in recorded.requests[:2]:
+            other = bytearray(body)
+            other[0] ^= 1
+            refused = ask(connection, (header, bytes(other)))[0]
+            assert b"was answered already, and this is another one" in refused
+            assert Snapshot.of(server.runs[OWNER, RUN]) == before
+        assert [ask(connection, request) for request in recorded.requests[:2]] == answers == recorded.answers[:2]
+        server.close()
+
+
+def test_T2_everything_again_much_later(stage: Stage) -> None:
+    """After a whole run: a step is acknowledged as before, what trained is over; nothing changes."""
+    recorded = tape(stage, 0)
+    server = SpanServer(copy.deepcopy(stage), lora=recorded.lora)
+    connection = server.connect(identity(OWNER))
+    connection(Message(recorded.hello))
+    assert [ask(connection, request) for request in recorded.requests] == recorded.answers
+    before, told = Snapshot.of(server.runs[OWNER, RUN]), Counter[str]()
+    for index, meta in enumerate(recorded.metas):
+        answer = ask(connection, recorded.requests[index])
+        if isinstance(meta, Step):
+            assert answer == recorded.answers[index]
+        elif recorded.trains(index) and recorded.step_of(index) <= before.step:
+            assert b"that step is over" in answer[0]
+        assert Snapshot.of(server.runs[OWNER, RUN]) == before
+        told[type(meta).__name__] += 1
+    server.close()
+    print(f"T2: all {told.total()} requests of a run again at its end: 0 changes; {dict(told)}")
+    assert told["Step"] > 1
+
+
+def test_T2_a_step_is_kept_although_the_next_party_failed(tmp_path: Path) -> None:
+    """An edge has stepped, the party after it does not answer, the request is repeated; then the edge crashes."""
+    stages = build_stages(tmp_path / "model", ["client :1", "edge 1:2", "server 2:3", "client 3:"])
+    recorded = tape(stages["server"], 0)
+    server = SpanServer(stages["server"], lora=recorded.lora)
+    down: list[str] = []
+
+    def following(greet: Any, greeted: Any, expect: Any) -> Any:
+        link = local_line(server.connect)(greet, greeted, expect)
+
+        def forward(message: Message) -> Message:
+            if message.kind in down:
+                raise LinkError("the next party does not answer")
+            return link(message)
+
+        return forward
+
+    def edge() -> tuple[SpanServer, Journal]:
+        journal = Journal(tmp_path / "journal")
+        stage = copy.deepcopy(stages["edge"])
+        return SpanServer(stage, lora=recorded.lora, following=following, journal=journal), journal
+
+    party, journal = edge()
+    connection = party.connect(identity(OWNER))
+    hello = Message(recorded.hello)
+    welcome = connection(hello).meta
+    assert isinstance(welcome, Welcome)
+    first = next(i for i, m in enumerate(recorded.metas) if isinstance(m, Forward) and m.train and m.update)
+    for request in recorded.requests[:first]:
+        assert b"failure" not in ask(connection, request)[0]
+    down.append("forward")
+    assert b"cannot be reached" in ask(connection, recorded.requests[first])[0]
+    down.clear()
+    answer = ask(connection, recorded.requests[first])
+    before = Snapshot.of(party.runs[OWNER, RUN])
+    assert before.step == recorded.states[first + 1].step and b"hidden" in answer[0]
+    party.close()
+    journal.close()
+    party, journal = edge()
+    connection = party.connect(identity(OWNER))
+    again = msgspec.structs.replace(recorded.hello, resume=welcome.incarnation)
+    ask(connection, as_bytes(Message(again), ("raw", "raw")))
+    assert Snapshot.of(party.runs[OWNER, RUN]) == before
+    assert ask(connection, recorded.requests[first]) == answer
+    party.close()
+    journal.close()
+    server.close()
