@@ -338,8 +338,10 @@ def test_overload_says_when_to_come_back(llama_folder: Path, keys: Path) -> None
         expected = client.link(message).tensors["hidden"]
         with ThreadPoolExecutor(3) as pool:
             waiting = [pool.submit(server.compute, hold.wait) for _ in range(2)]
+            while server.waiting < 2:
+                time.sleep(0.001)
             with pytest.raises(Overloaded, match="2 requests wait") as refused:
-                server.compute(lambda: None)
+                server.compute(lambda: None, "one")
             assert refused.value.retry_after > 0
             before = client.traffic.copy()
             began, late = time.monotonic(), pool.submit(client.link, message)
@@ -357,6 +359,8 @@ def test_overload_says_when_to_come_back(llama_folder: Path, keys: Path) -> None
         hold.clear()
         with ThreadPoolExecutor(2) as pool:
             waiting = [pool.submit(server.compute, hold.wait) for _ in range(2)]
+            while server.waiting < 2:
+                time.sleep(0.001)
             with pytest.raises(Overloaded, match="requests wait at 'server'"):
                 client.link(message)
             hold.set()
