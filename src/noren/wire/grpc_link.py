@@ -234,8 +234,8 @@ class _Line:
     def ask(self, packed: Packed, expect: Expect, seconds: float) -> tuple[Message, int, int]:
         """Send a request; returns (answer, bytes sent, bytes received). Raises RpcError, _Broken or PeerError."""
         self._request += 1
-        sent = 0
-        with WATCHDOG.limit(seconds, self._expire):
+        sent, limit = 0, WATCHDOG.begin(seconds, self._expire)
+        try:
             for frame in packed.frames(self._request, self._seal):
                 self._frames.put(frame)
                 sent += len(frame)
@@ -245,6 +245,8 @@ class _Line:
                     break
             else:
                 raise _Broken("the peer ended the connection")
+        finally:
+            WATCHDOG.end(limit)
         if incoming.request != self._request:
             raise ProtocolError(f"request {incoming.request} was answered, asked was {self._request}")
         return reply, sent, incoming.nbytes

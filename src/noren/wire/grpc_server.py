@@ -247,6 +247,7 @@ class GrpcServer:
         who = {"owner": peer.identity.name, "role": peer.identity.role}
         log.info("connected", extra=who)
         connection = self._connect(peer.identity)
+        torch.set_grad_enabled(False)  # of this thread
         try:
             yield from self._converse(visit, connection, seal, requests)
         except NorenError as error:  # the frames make no message: nothing after them can be read either
@@ -283,7 +284,8 @@ class GrpcServer:
                 yield out
             role = visit.peer.identity.role
             self.observed.answered(message.kind, role, seconds, incoming.nbytes, down)
-            log.debug("answered", extra=_facts(visit, message, seconds) | {"up": incoming.nbytes, "down": down})
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("answered", extra=_facts(visit, message, seconds) | {"up": incoming.nbytes, "down": down})
             visit.at("" if connection.in_run else "waiting for a hello")
             incoming = Incoming(seal, expect, self._doors.message_bytes)
         if incoming.nbytes:
@@ -291,8 +293,7 @@ class GrpcServer:
 
     def _answer(self, connection: Answers, message: Message, owner: Identity) -> Message:
         try:
-            with torch.no_grad():
-                return connection(message)
+            return connection(message)
         except Exception as error:
             reason = reason_of(error)
             self.observed.refused(reason)

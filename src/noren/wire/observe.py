@@ -71,8 +71,8 @@ class Observed:
         )
         for reason in REASONS:  # a series that begins at 0 shows its first event
             self._refused.labels(reason)
-        for direction in ("up", "down"):
-            self._bytes.labels(direction)
+        self._counts: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+        self._up, self._down = self._bytes.labels("up"), self._bytes.labels("down")
         self._watched: dict[str, Callable[[], float]] = {}
         self.registry.register(_Reading(self._watched))
         self.watch("noren_rss_bytes", lambda: psutil.Process().memory_info().rss)
@@ -84,12 +84,15 @@ class Observed:
 
     def answered(self, kind: str, role: str, seconds: float, up: int, down: int) -> None:
         """Count a request of `kind` by a party of `role`: `up` bytes in, `down` bytes out, worked on for `seconds`."""
-        _require(kind, KINDS, "a kind of message")
-        _require(role, ROLES, "a role")
-        self._requests.labels(kind, role).inc()
-        self._seconds.labels(kind).observe(seconds)
-        self._bytes.labels("up").inc(up)
-        self._bytes.labels("down").inc(down)
+        if (counts := self._counts.get((kind, role))) is None:
+            _require(kind, KINDS, "a kind of message")
+            _require(role, ROLES, "a role")
+            counts = self._counts[kind, role] = self._requests.labels(kind, role), self._seconds.labels(kind)
+        requests, histogram = counts
+        requests.inc()
+        histogram.observe(seconds)
+        self._up.inc(up)
+        self._down.inc(down)
 
     def refused(self, reason: str) -> None:
         """Count a request or a connection that was refused; `reason` is one of `REASONS` (see `reason_of`)."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 
 class Watchdog:
@@ -20,17 +19,17 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
-    @contextmanager
-    def limit(self, seconds: float, expired: Callable[[], None]) -> Iterator[None]:
-        """Call `expired` if the block takes longer than `seconds`."""
+    def begin(self, seconds: float, expired: Callable[[], None]) -> int:
+        """Call `expired` unless `end` is called, with the number that this returns, within `seconds`."""
         number = next(self._numbers)
         self._limits[number] = (time.monotonic() + seconds, expired)
         if not self._wake.is_set():
             self._start()
-        try:
-            yield
-        finally:
-            self._limits.pop(number, None)
+        return number
+
+    def end(self, number: int) -> None:
+        """It has ended in time. Safe to call after it has expired."""
+        self._limits.pop(number, None)
 
     def _start(self) -> None:
         with self._lock:
