@@ -290,6 +290,5 @@ def test_T2_overload_in_the_middle_of_a_step(llama_folder: Path, keys: Path, tmp
     }
     waits = {name: busy.came[name][1] - busy.came[name][0] for name in REFUSED | LATE}
     assert all(waits[name] >= (1.0 if name in REFUSED else 0.3) for name in waits), waits
-    print(
-        f"T2: {len(REFUSED)} refusals and {len(LATE)} lost answers: {sum(waits.values()):.1f} s of waiting, {step} steps"
-    )
+    waited = sum(waits.values())
+    print(f"T2: {len(REFUSED)} refusals and {len(LATE)} lost answers, {waited:.1f} s of waiting, {step} steps")

@@ -114,31 +114,34 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise PolicyRefused(f"vectors of norm {noise.clip or 'inf'} may leave, the policy wants {self.most_clip:g}")
 
     def _check_adapter(self, asked: Terms, welcome: Welcome, plan: Plan) -> None:
-        """The remote parties train their own layers only, and only those that the policy allows."""
-        if welcome.adapter and not asked.lora:
+        """The remote parties train what they were asked to train, and of that what the policy allows."""
+        if not welcome.adapter:
+            return
+        if not asked.lora:
             raise PolicyRefused(f"{welcome.party!r} trains adapters, and none were asked for")
-        theirs = {layer for span in plan.remote for layer in range(span.start, span.end)}
-        if self.adapter_layers:
-            low, high = map(int, self.adapter_layers.split(":"))
-            theirs &= set(range(low, high))
+        lora = msgspec.json.decode(asked.lora, type=Lora)
+        holder = {i: s.party for s in plan.remote if lora.trained_by(s.party) for i in range(s.start, s.end)}
+        low, high = map(int, (self.adapter_layers or f"0:{plan.layers}").split(":"))
         for name, shape in welcome.adapter.items():
             match = BLOCK_KEY.match(name)
-            if match is None and plan.u_shaped:
-                raise PolicyRefused(f"{welcome.party!r} trains {name[:120]!r}, which is not in its layers")
-            if match is not None and int(match[2]) not in theirs:
+            if match is None:
+                if plan.u_shaped:
+                    raise PolicyRefused(f"{welcome.party!r} trains {name[:120]!r}, which is not in its layers")
+                continue
+            layer = int(match[2])
+            if layer not in holder or not low <= layer < high:
                 raise PolicyRefused(f"{welcome.party!r} trains {name[:120]!r}, a layer that may not get an adapter")
-            if match is not None and not _asked_for(name, shape, msgspec.json.decode(asked.lora, type=Lora)):
+            if not _asked_for(name, shape, lora, holder[layer]):
                 raise PolicyRefused(f"{welcome.party!r} trains {name[:120]!r} {shape}, which was not asked for")
 
 
-def _asked_for(name: str, shape: list[int], lora: Lora) -> bool:
-    """Whether a tensor is a LoRA factor of a module that the settings name, of a rank that they give."""
+def _asked_for(name: str, shape: list[int], lora: Lora, party: str) -> bool:
+    """Whether a tensor is a LoRA factor of a module that the settings name, of the rank that a party has."""
     module, _, factor = name.removesuffix(".weight").rpartition(".")
     if factor not in ("lora_A", "lora_B") or len(shape) != 2 or max(shape) > LARGEST:
         return False
-    ranks = {lora.r, *lora.rank_of.values()}
     known = not lora.targets or any(module == t or module.endswith(f".{t}") for t in lora.targets)
-    return known and shape[0 if factor == "lora_A" else 1] in ranks
+    return known and shape[0 if factor == "lora_A" else 1] == lora.rank(party)
 
 
 def read_policy(path: Path | None = None) -> Policy:
