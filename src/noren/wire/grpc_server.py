@@ -31,6 +31,9 @@ from noren.wire.settings import Doors, codecs_for
 LEAST_RATE = 10_000
 """Bytes a second below which a message is too slow, after `Doors.stall_seconds`."""
 
+HELLO, ANSWERING = "waiting for a hello", "not reading its answer"
+"""What a connection may be busy with, beside the middle of a message."""
+
 log = logging.getLogger("noren.wire")
 
 
@@ -66,15 +69,24 @@ class _Visit:
     peer: Peer
     context: grpc.ServicerContext
     since: float = field(default_factory=time.monotonic)
-    busy: str = "waiting for a hello"  # "" between messages and while an answer is worked out
+    busy: str = HELLO  # "" between messages and while an answer is worked out
     crossed: int = 0  # bytes of the message that have crossed
     ended: str = ""
+    no_hello: float | None = field(default_factory=time.monotonic)  # since when there is no run; None in one
 
     def at(self, busy: str, crossed: int = 0) -> None:
-        """Note what the connection is doing, with a message of which so many bytes have crossed."""
-        self.crossed = crossed
-        if busy != self.busy or not busy:
-            self.busy, self.since = busy, time.monotonic()
+        """Note what the connection is doing, with a message of which so many bytes have crossed.
+
+        Whoever is without a run is so from connecting on, whatever else is asked meanwhile.
+        """
+        self.crossed, now = crossed, time.monotonic()
+        if not busy and self.busy == ANSWERING:  # with an answer read, and no hello awaited
+            self.no_hello = None
+        if busy == HELLO:
+            self.no_hello = now if self.no_hello is None else self.no_hello
+            self.busy, self.since = busy, self.no_hello
+        elif busy != self.busy or not busy:
+            self.busy, self.since = busy, now
 
     def end(self, why: str) -> None:
         """Cut the connection."""
@@ -189,7 +201,7 @@ class GrpcServer:
             self._check_certificate(visit.peer)
         except Denied as error:
             return str(error)
-        seconds = self._doors.hello_seconds if "hello" in visit.busy else self._doors.stall_seconds
+        seconds = self._doors.hello_seconds if visit.busy == HELLO else self._doors.stall_seconds
         seconds += visit.crossed / LEAST_RATE
         if visit.busy and time.monotonic() - visit.since > seconds:
             return f"{visit.busy} for more than {seconds:.0f} s"
