@@ -68,7 +68,7 @@ def test_T25_revoked_while_its_request_is_computed(place: Place, train: bool) ->
 def impatient(place: Place) -> Iterator[Caller]:
     """A peer of the party, where a hello must come soon."""
     own, alpha = credentials(place.folder, "server"), raw_client(pair(place.folder, "alpha", "client"))
-    doors = Doors(hello_seconds=HELLO_SECONDS)
+    doors = Doors(hello_seconds=HELLO_SECONDS, stall_seconds=HELLO_SECONDS)
     with (
         GrpcServer("127.0.0.1:0", own, place.server.connect, doors=doors, watch_seconds=0.1) as listening,
         Caller(listening.port, alpha) as peer,
