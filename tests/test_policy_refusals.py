@@ -1,4 +1,4 @@
-"""Adapters that nobody asked for are refused before a tensor leaves."""
+"""Refusals say what they are by; and adapters that nobody asked for are refused before a tensor leaves."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from noren.parties.policy import Policy
 from noren.parties.server import SpanServer
 from noren.parties.train import train
 from noren.partition.stage import Stage
-from noren.types import Welcome
+from noren.types import PROTOCOL, Welcome
 from noren.wire.identity import Insecure
-from test_policy import ADAPTER, LAYER, Trap, Twist, judge, line, values
+from test_policy import ADAPTER, CASES, LAYER, Trap, Twist, honest, judge, line, terms, values
 from test_policy import policy as policy
 
 MODULE = "model.layers.3.self_attn."
@@ -94,3 +94,48 @@ def test_ranks_and_parties_that_were_asked_for_are_taken(tmp_path: Path) -> None
         made = Document.of(values(tmp_path, way.address, {"adapter": adapter}), tmp_path)
         Client(made, policy=Policy(), insecure=True).close()
     assert {min(shape) for shape in found[0].adapter.values()} == {3}
+
+
+BY_NATURE = {"raw-embeddings/server", "protocol-unknown"}
+"""Refused under any policy."""
+BY_POLICY = [name for name, case in CASES.items() if case.policy and name not in BY_NATURE]
+
+
+@pytest.mark.parametrize("name", BY_POLICY)
+def test_a_refusal_names_the_file_and_the_key(name: str, policy: Callable[..., Path], tmp_path: Path) -> None:
+    case = CASES[name]
+    place, key = policy(case.policy), case.policy.partition(" ")[0]
+    with serving(ADAPTER) as trap, line(trap, case.twist, Insecure()) as way:
+        made = Document.of(values(tmp_path, way.address, case.document), tmp_path)
+        with pytest.raises(PolicyRefused) as refusal:
+            train(made, insecure=True)
+    assert str(refusal.value).endswith(f"({key} in {place})")
+
+
+def test_the_budget_names_the_file_and_the_key(policy: Callable[..., Path], tmp_path: Path) -> None:
+    place = policy("most_vectors = 100")
+    with serving(ADAPTER) as trap, line(trap, honest, Insecure()) as way:
+        made = Document.of(values(tmp_path, way.address, {}), tmp_path)
+        with pytest.raises(PolicyRefused) as refusal:
+            train(made, insecure=True)
+    assert str(refusal.value).endswith(f"nothing was sent (most_vectors in {place})")
+
+
+def test_all_keys_are_named_somewhere() -> None:
+    named = {CASES[name].policy.partition(" ")[0] for name in BY_POLICY} | {"most_vectors"}
+    assert named == set(Policy.__struct_fields__)
+
+
+def test_without_a_file_a_refusal_says_so(
+    policy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NOREN_POLICY", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    for twist, words in (
+        (terms(logs="debug"), r"which the policy forbids \(debug, by default: there is no policy file\)$"),
+        (lambda welcome: msgspec.structs.replace(welcome, protocol=PROTOCOL + 1), r"this client \d+; update one$"),
+    ):
+        with serving(ADAPTER) as trap, line(trap, twist, Insecure()) as way:
+            made = Document.of(values(tmp_path, way.address, {}), tmp_path)
+            with pytest.raises(PolicyRefused, match=words):
+                Client(made, insecure=True)
