@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,9 @@ def test_a_finished_run_is_not_overwritten(run: Callable[..., Any], tmp_path: Pa
             run(**changes)
     assert content(tmp_path / "out") == before
     assert run(resume=True).outcome.step == 2, "there is nothing left to do"
+    shutil.rmtree(tmp_path / "out" / "journal")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        run()
 
 
 def test_a_run_that_came_to_nothing_may_begin_again_under_its_name(run: Callable[..., Any], tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     session_seconds: float = 600.0  # an unused session ends after this
     grace_seconds: float = 30.0  # sessions and kept activations of a client whose connection has ended
     run_seconds: float = 3600.0  # a run whose client is gone leaves memory after this
+    drain_seconds: float = 5.0  # a party that was told to stop goes on for so long with those who are connected
     journal: str = "journal/{party}"  # folder of what outlives the process; "" for none
     journal_bytes: int = 8 << 30  # of all clients
     journal_bytes_each: int = 2 << 30

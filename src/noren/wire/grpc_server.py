@@ -167,11 +167,21 @@ class GrpcServer:
             threading.Thread(target=self._keep_ticking, args=(self._tick,), name="noren-tick", daemon=True).start()
         return self
 
-    def stop(self, grace: float = 1.0) -> None:
-        """Stop listening, give running answers `grace` seconds."""
-        self._over.set()
+    def drain(self, seconds: float, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Say at once that this party is about to stop; then wait, at most so long, until nobody is connected.
+
+        Those who are connected are served meanwhile; `hurry` ends the wait.
+        """
         if self._health is not None:
             self._health.enter_graceful_shutdown()
+        end = time.monotonic() + seconds
+        while self._visits and time.monotonic() < end and not hurry():
+            time.sleep(0.05)
+
+    def stop(self, grace: float = 1.0) -> None:
+        """Stop listening, give running answers `grace` seconds."""
+        self.drain(0.0)
+        self._over.set()
         if self._server is not None:
             self._server.stop(grace).wait(grace + 5)
 
