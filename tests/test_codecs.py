@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from noren.config import Document
 from noren.errors import ConfigError, ProtocolError, SessionLost
 from noren.types import Deltas
 from noren.wire.codecs import CODECS, Codec, codec
@@ -629,3 +631,9 @@ def test_delta_refuses_what_no_sender_writes() -> None:
         sender.encode([1, 2], [4, 5], normal((8, 96), torch.float32))
     with pytest.raises(ProtocolError, match="not finite"):
         sender.encode([1], [1], torch.full((1, 96), math.nan))
+
+
+@pytest.mark.parametrize("key", ["activations", "gradients"])
+def test_an_unknown_codec_in_a_document_is_named_with_its_key(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}: no codec is called 'int9'; there are raw, .*int4.* in \[wire\]$"):
+        Document.of({"model": "embedded", "wire": {key: "int9"}}, tmp_path)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,22 @@ import pytest
 from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from conftest import identity, local_line
-from noren.errors import LinkError
+from conftest import U_SHAPED, credentials, identity, local_line
+from noren.adapters.checkpoint import same_values
+from noren.adapters.lora import Lora
+from noren.config import Document
+from noren.errors import LinkError, Overloaded
+from noren.parties.client import Client
 from noren.parties.ledger import Ledger
-from noren.parties.server import SpanServer
+from noren.parties.server import Limits, SpanServer
 from noren.partition.stage import Stage
+from noren.training.loop import Trainer, Training
 from noren.types import Forward, Message, Step, Welcome
+from noren.wire.grpc_server import GrpcServer
 from noren.wire.journal import Journal
 from step_machine import Violation, machine
 from step_tape import OWNER, RUN, Snapshot, as_bytes, ask, build_stages, tape
+from test_crossing import ADAPTER, rows
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +214,81 @@ def test_T2_a_step_is_kept_although_the_next_party_failed(tmp_path: Path) -> Non
     party.close()
     journal.close()
     server.close()
+
+
+REFUSED = {("forward", "1.1"), ("backward", "2.0"), ("forward", "3.0")}
+LATE = {("backward", "1.0"), ("forward", "2.1")}
+
+
+class Busy:
+    """A server that has too much to do when it gets these messages, before (or `late`) after it has answered them."""
+
+    def __init__(self, server: SpanServer, refused: set[tuple[str, str]], late: set[tuple[str, str]]) -> None:
+        self.server, self.refused, self.late = server, set(refused), set(late)
+        self.came: dict[tuple[str, str], list[float]] = {}
+
+    def connect(self, owner: Any) -> Any:
+        busy, inner = self, self.server.connect(owner)
+
+        class Line:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(inner, name)
+
+            def __call__(self, message: Message) -> Message:
+                name = (message.kind, getattr(message.meta, "session", ""))
+                busy.came.setdefault(name, []).append(time.monotonic())
+                with busy.others() if name in busy.refused else nullcontext():
+                    busy.refused.discard(name)
+                    answer = inner(message)
+                if name in busy.late:
+                    busy.late.remove(name)
+                    raise Overloaded("the answer was lost on the way to you", 0.3)
+                return answer
+
+        return Line()
+
+    @contextmanager
+    def others(self) -> Iterator[None]:
+        """Somebody else's request is being computed, and no more may wait."""
+        free = threading.Event()
+        other = threading.Thread(target=self.server.compute, args=(lambda: free.wait(20), "others"))
+        other.start()
+        while not self.server.waiting:
+            time.sleep(0.001)
+        try:
+            yield
+        finally:
+            free.set()
+            other.join()
+
+
+def test_T2_overload_in_the_middle_of_a_step(llama_folder: Path, keys: Path, tmp_path: Path) -> None:
+    """The client comes back when it was told to, and no step counts twice: the adapter is the undisturbed one."""
+
+    def trained(name: str, refused: set[tuple[str, str]], late: set[tuple[str, str]]) -> tuple[Busy, Any, int]:
+        made = {"model": str(llama_folder), "plan": U_SHAPED, "adapter": ADAPTER, "keys": {"dir": str(keys)}}
+        stage, lora = Stage.load(llama_folder, U_SHAPED, "server", "causal-lm"), msgspec.convert(ADAPTER, Lora)
+        with Journal(tmp_path / name) as journal:
+            server = SpanServer(stage, lora=lora, journal=journal, limits=Limits(waiting=1))
+            busy = Busy(server, refused, late)
+            with GrpcServer("127.0.0.1:0", credentials(keys, "server"), busy.connect) as listening:
+                links = {"server": f"127.0.0.1:{listening.port}"}
+                client = Client(Document.of(made | {"links": links}, tmp_path))
+                settings = Training(steps=3, batch_size=3, accumulate=2, lr=1e-2)
+                Trainer(client.model, rows(6), [], settings, pad_id=0, seed=3, remote=client.remote()).run()
+                [run] = server.runs.values()
+                state, step = client.adapter_state(), run.trainer.step
+                client.close()
+            server.close()
+        return busy, state, step
+
+    quiet, expected, steps = trained("quiet", set(), set())
+    busy, found, step = trained("busy", REFUSED, LATE)
+    assert step == steps == 3 and same_values(found, expected)
+    assert {name: len(times) - len(quiet.came[name]) for name, times in busy.came.items()} == {
+        name: int(name in REFUSED | LATE) for name in quiet.came
+    }
+    waits = {name: busy.came[name][1] - busy.came[name][0] for name in REFUSED | LATE}
+    assert all(waits[name] >= (1.0 if name in REFUSED else 0.3) for name in waits), waits
+    waited = sum(waits.values())
+    print(f"T2: {len(REFUSED)} refusals and {len(LATE)} lost answers, {waited:.1f} s of waiting, {step} steps")

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,29 @@ def test_budget(journal: Journal, folder: Path) -> None:
             smaller.write("other", {"b": Record(b"4", b"z")})
     with pytest.raises(ConfigError, match="at most 0 bytes"):
         Journal(folder, max_bytes=0)
+
+
+def test_how_much_is_used_is_known_without_asking(journal: Journal, folder: Path) -> None:
+    """Whoever asks often costs the disk nothing, and nobody waits for a write that is under way."""
+    asked: list[str] = []
+    event.listen(journal._db.engine, "before_cursor_execute", lambda *given: asked.append(given[2]))
+    sizes = [journal.used]
+    with ThreadPoolExecutor(1) as pool, journal._lock:
+        assert pool.submit(lambda: journal.used).result(5) == 0
+    assert asked == []
+    journal.write("run", {"a": Record(b"1", b"four"), "b": Record(b"1", b"four"), "c": Record(b"1", b"seven..")})
+    sizes.append(journal.used)
+    with pytest.raises(OverBudget):
+        journal.write("run", {"d": Record(b"1", bytes(10_001))}, drop=["a", "b"])
+    sizes.append(journal.used)
+    journal.write("run", {}, drop=["a", "b"])
+    sizes.append(journal.used)
+    journal.close()
+    with Journal(folder) as again:
+        sizes.append(again.used)
+        again.forget("run")
+        sizes.append(again.used)
+    assert sizes == [0, 11, 11, 7, 7, 0]
 
 
 def test_a_second_opener_is_refused(journal: Journal, folder: Path) -> None:

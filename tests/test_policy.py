@@ -122,7 +122,7 @@ CASES = {
         "protocol = 2", "speaks protocol 9", twist=lambda welcome: msgspec.structs.replace(welcome, protocol=9)
     ),
     "debug-logging": Case(
-        "debug = false", r"writes contents into its logs \(debug\), which the policy forbids", twist=terms(logs="debug")
+        "debug = false", "writes contents into its logs, which the policy forbids", twist=terms(logs="debug")
     ),
 }  # fmt: skip
 
@@ -312,7 +312,7 @@ def test_T14_the_command_line_says_so(
     as_json: bool, trap: Trap, policy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`noren train` ends with one sentence and exit code 5."""
-    policy("debug = false")
+    place = policy("debug = false")
     with line(trap, terms(logs="debug"), Insecure()) as way:
         made = Document.of(values(tmp_path, way.address, {}), tmp_path)
         (tmp_path / "run.toml").write_text(made.to_toml())
@@ -321,7 +321,7 @@ def test_T14_the_command_line_says_so(
         result = CliRunner().invoke(app, words)
         judge(way, trap, connects=True)
     assert result.exit_code == 5, result.output
-    sentence = "'server' writes contents into its logs (debug), which the policy forbids"
+    sentence = f"'server' writes contents into its logs, which the policy forbids (debug in {place})"
     if as_json:
         assert json.loads(result.stderr) == {"error": "PolicyRefused", "message": sentence}
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
-import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
@@ -36,7 +36,10 @@ def serve(
     insecure: Insecurely = False,
     as_json: AsJson = False,
 ) -> None:
-    """Serve one party's layers. Prints one line when it is ready; Ctrl-C or SIGTERM ends it."""
+    """Serve one party's layers. Prints one line when it is ready; Ctrl-C or SIGTERM ends it, a second one at once.
+
+    It then takes no new runs, and serves those who are connected for `drain_seconds` of [serve].
+    """
     from noren.config import Document
     from noren.errors import ConfigError, PlanError
     from noren.parties import fitness
@@ -71,9 +74,9 @@ def serve(
         logging.getLogger("noren").setLevel(min(logging.INFO, logging.getLogger("noren").getEffectiveLevel()))
     setup_logs(log_json, logging.getLogger("noren").getEffectiveLevel())
     observed = Observed()
-    stop = threading.Event()
+    signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda received, _: signals.append(received))
     with ExitStack() as stack:
         journal = None
         if settings.serve.journal:
@@ -98,9 +101,10 @@ def serve(
             print(json.dumps(ready | {"layers": part.plan.kept(party), "parameters": count}), flush=True)
         else:
             print(f"ready: {party} on {at} (layers {layers}, {count_of(count)} parameters)", flush=True)
-        while not stop.wait(timeout=0.5):  # a wait without end can miss a signal
-            pass
+        while not signals:  # no lock: a signal that comes while one is held would wait for it without end
+            time.sleep(0.1)
         server.draining = True
+        listening.drain(settings.serve.drain_seconds, hurry=lambda: len(signals) > 1)
     if not as_json:
         say("stopped")
 

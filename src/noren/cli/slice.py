@@ -24,10 +24,10 @@ def slice(
     as_json: AsJson = False,
 ) -> None:
     """Write each party's layers as an ordinary small model folder, which is all that the party needs."""
-    from noren.errors import ModelError
+    from noren.errors import ConfigError, ModelError
     from noren.partition.estimate import holds
     from noren.partition.plan import Plan
-    from noren.partition.slices import load_config, weights_digest, write_slice
+    from noren.partition.slices import MANIFEST, load_config, weights_digest, write_slice
     from noren.partition.sources import open_checkpoint
 
     checkpoint = open_checkpoint(place_of(model))
@@ -37,6 +37,11 @@ def slice(
         plan.kept(name)
         if (out / name).exists():
             raise ModelError(f"{out / name} exists already; give another --out or remove it first")
+    strange = sorted(p.name for p in out.iterdir() if not (p / MANIFEST).is_file()) if out.is_dir() else []
+    if strange:
+        raise ConfigError(
+            f"--out: {out} is not empty, and {strange[0]!r} in it is no slice; name another folder, e.g. {out}/slices"
+        )
     mark = weights_digest(checkpoint) if digest else ""
     written = []
     for name in parties:

@@ -12,12 +12,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from noren.cli.show import AsJson, bytes_of, say
+from noren.cli.show import AsJson, Insecurely, bytes_of, say
 from noren.errors import LinkError, ProtocolError
 
 if TYPE_CHECKING:
     from noren.types import Condition
-    from noren.wire.identity import Credentials
+    from noren.wire.identity import Credentials, Insecure
 
 PATIENCE = 3.0
 """Seconds in which the party must answer."""
@@ -30,12 +30,14 @@ def status(
     watch: Annotated[
         float | None, typer.Option(min=0.1, metavar="SECONDS", help="Ask again so often, until Ctrl-C.")
     ] = None,
+    insecure: Insecurely = False,
     as_json: AsJson = False,
 ) -> None:
     """Ask a party what it serves and holds; exit code 4 if it cannot be reached, 5 if it refuses."""
-    from noren.wire.identity import Credentials
+    from noren.wire.identity import Credentials, Insecure
 
-    credentials = Credentials(ca=keys / "ca.crt", certificate=keys / f"{name}.crt", key=keys / f"{name}.key")
+    own = Credentials(ca=keys / "ca.crt", certificate=keys / f"{name}.crt", key=keys / f"{name}.key")
+    credentials = Insecure() if insecure else own
     _tell(address, *_ask(address, credentials), as_json=as_json)
     while watch is not None:
         _pause(watch)
@@ -47,7 +49,7 @@ def status(
         _tell(address, *answer, as_json=as_json)
 
 
-def _ask(address: str, credentials: Credentials) -> tuple[Condition, str]:
+def _ask(address: str, credentials: Credentials | Insecure) -> tuple[Condition, str]:
     """Return the party's own answer, and that of its health service. Raises LinkError or PeerError."""
     from noren.types import Condition, Message, Status
     from noren.wire.grpc_link import GrpcLink

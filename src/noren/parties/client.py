@@ -108,8 +108,9 @@ class Client:
         run = self.document.run
         delta = DeltaSender(run.wire.delta_bytes) if run.wire.activations == DELTA else None
         self.releases = Releases(
-            run.noise, most=self.policy.most_vectors, journal=self.journal, run=run.name, delta=delta
-        )
+            run.noise, most=self.policy.most_vectors, journal=self.journal, run=run.name, delta=delta,
+            rule=self.policy.where("most_vectors"),
+        )  # fmt: skip
         ask = guarded(self.ask, self.releases.compactly)
         self.hf = build_client(self.part, ask, getattr(torch, run.dtype), run.seed).to(device)
         self.span: RemoteSpan = remote_span(self.hf)

@@ -47,17 +47,22 @@ class Host(Protocol):
     stage: Stage
     sessions: Sessions
     limits: Any
-    connections: int
     steps: int
+
+    def come(self) -> int:
+        """Count a connection; returns its number."""
+
+    def go(self) -> None:
+        """Count it off."""
 
     def compute(self, work: Callable[[], T], owner: str = "") -> T:
         """Run in the thread that computes, in the owner's turn."""
 
-    def open_run(self, owner: str, hello: Hello) -> Run:
-        """Open a run; `release` it."""
+    def open_run(self, owner: str, hello: Hello, number: int) -> Run:
+        """Open a run for the connection of that number; `release` it."""
 
-    def close_run(self, owner: str, name: str, *, forget: bool) -> None:
-        """End a run."""
+    def close_run(self, owner: str, name: str, *, forget: bool, run: Run | None) -> None:
+        """End a run, if it is this one."""
 
     def release(self, run: Run) -> None:
         """A connection has ended."""
@@ -80,7 +85,7 @@ class Connection:
         self._gone = False
         self._door = threading.Lock()  # between the end of the connection and a hello under way
         self.codecs = ("raw", "raw")
-        host.connections += 1
+        self._number = host.come()
 
     @property
     def in_run(self) -> bool:
@@ -130,7 +135,7 @@ class Connection:
         """The connection has ended; its run is kept for a while, for a client that comes back."""
         with self._door:
             if not self._gone:
-                self._host.connections -= 1
+                self._host.go()
             self._gone = True
             self._leave()
 
@@ -140,7 +145,15 @@ class Connection:
             self._run = self._schema = None
 
     def _hello(self, hello: Hello) -> Message:
-        run = self._host.open_run(self._owner, hello)
+        """Enter a run.
+
+        A first hello (without a resume token) begins its run anew, and one that came late would end what has been
+        trained since. A copy cannot come: a stream keeps its order, and the seal takes each request once and on its
+        own connection. But a hello can be overtaken: one that is being worked on here while its client, which has
+        given up on that line, greets on the next. So connections are numbered as they come, and an older one does not
+        begin a run anew that a later one has opened.
+        """
+        run = self._host.open_run(self._owner, hello, self._number)
         entered = False
         try:
             incarnation = run.begun.incarnation
@@ -148,7 +161,7 @@ class Connection:
                 further = self._hello_beyond(run)
                 if run.begun.next_incarnation not in ("", further.incarnation):  # the next party lost this run
                     self._host.release(run)
-                    run = self._host.open_run(self._owner, msgspec.structs.replace(hello, resume=""))
+                    run = self._host.open_run(self._owner, msgspec.structs.replace(hello, resume=""), self._number)
                     further = self._hello_beyond(run)
                 run.further = further.adapter
                 if run.begun.next_incarnation != further.incarnation:
@@ -320,7 +333,7 @@ class Connection:
                 state = self._host.compute(lambda: trainer.state(optimizer=True))  # in nobody's turn: not refused
             ledger.keep(request, answer, step=trainer.step if stepped else None, state=state, gradients=gradients)
         except Exception as error:
-            self._host.close_run(self._owner, self._name, forget=isinstance(error, OverBudget))
+            self._host.close_run(self._owner, self._name, forget=isinstance(error, OverBudget), run=run)
             raise
 
     def _pull(self, run: Run, message: Message) -> Message:
@@ -339,7 +352,7 @@ class Connection:
         try:
             run.ledger.keep(step=meta.step, state=self._compute(work))
         except Exception:
-            self._host.close_run(self._owner, self._name, forget=False)
+            self._host.close_run(self._owner, self._name, forget=False, run=run)
             raise
         if run.following is not None:
             own = run.trainer.shapes().keys()
@@ -353,7 +366,7 @@ class Connection:
         if meta.session is not None:
             self._compute(lambda: self._end(run, [str(meta.session)]))
         else:
-            self._host.close_run(self._owner, self._name, forget=True)
+            self._host.close_run(self._owner, self._name, forget=True, run=run)
             self._run = self._schema = None
         return Message(Done(step=run.trainer.step))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -83,6 +84,7 @@ class Ledger:
     def __init__(self, journal: Journal | None, run: str, most: int = 0) -> None:
         self._journal, self._run, self._most = journal, run, most  # bytes of all the owner's runs; 0: no limit
         self._memory: dict[str, Record] = {}
+        self._lock, self._over = threading.Lock(), False
 
     @property
     def durable(self) -> bool:
@@ -162,6 +164,16 @@ class Ledger:
             puts[key_of(request)] = Draft(digest_of(request), body)
         self._write(puts, [key for key in drop if key not in puts])
 
+    def end(self, *, forget: bool) -> None:
+        """Take no more: what a request leads to that is under way still must not come into a later run's record.
+
+        With `forget`, what was kept is dropped.
+        """
+        with self._lock:
+            self._over = True
+            if forget:
+                self.forget()
+
     def forget(self) -> None:
         """Drop the run."""
         self._memory.clear()
@@ -175,6 +187,12 @@ class Ledger:
         return self._memory.get(key) if self._journal is None else self._journal.read(self._run, key)
 
     def _write(self, puts: dict[str, Draft], drop: Sequence[str] = ()) -> None:
+        with self._lock:
+            if self._over:
+                raise SessionLost("this run was closed by another connection of its owner")
+            self._put(puts, drop)
+
+    def _put(self, puts: dict[str, Draft], drop: Sequence[str]) -> None:
         if self._journal is not None:
             owner = self._run.partition("/")[0]
             coming = sum(_size(draft.body) for draft in puts.values())

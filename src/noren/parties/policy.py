@@ -23,7 +23,7 @@ import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import msgspec
 from platformdirs import user_config_path
@@ -38,8 +38,8 @@ LARGEST = 1 << 20
 """No layer is wider."""
 
 
-class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What this party allows; see the module's text."""
+class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
+    """What this party allows; see the module's text. A refusal names the file and the key that it is by."""
 
     models: list[str] = []
     first_layers: Count = 0
@@ -57,22 +57,32 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number")
 
+    def where(self, key: str) -> str:
+        """Say where a rule stands."""
+        file = self.__dict__.get("file")
+        return f"({key} in {file})" if file else f"({key}, by default: there is no policy file)"
+
+    def _refuse(self, key: str, sentence: str) -> NoReturn:
+        raise PolicyRefused(f"{sentence} {self.where(key)}")
+
     def check_run(self, plan: Plan, fingerprint: str, noise: Noise) -> None:
         """Raise PolicyRefused if a run document asks for what is forbidden. Nothing has been connected yet."""
         mine = plan.kept(plan.client)
         first = next((i for i, layer in enumerate(mine) if layer != i), len(mine))
         last = len(mine) - first if plan.u_shaped else 0
         if first < self.first_layers:
-            raise PolicyRefused(f"the plan leaves {first} first layers here, the policy wants {self.first_layers}")
+            self._refuse(
+                "first_layers", f"the plan leaves {first} first layers here, the policy wants {self.first_layers}"
+            )
         if last < self.last_layers:
-            raise PolicyRefused(f"the plan leaves {last} last layers here, the policy wants {self.last_layers}")
+            self._refuse("last_layers", f"the plan leaves {last} last layers here, the policy wants {self.last_layers}")
         self._check_model(fingerprint)
         self._check_noise(noise)
 
     def check_epochs(self, epochs: float) -> None:
         """Raise PolicyRefused if a run would go over the data too often."""
         if self.most_epochs and epochs > self.most_epochs + 1e-9:
-            raise PolicyRefused(f"{epochs:.4g} passes over the data, the policy allows {self.most_epochs:g}")
+            self._refuse("most_epochs", f"{epochs:.4g} passes over the data, the policy allows {self.most_epochs:g}")
 
     def check_own_adapter(self, names: Iterable[str]) -> None:
         """Raise PolicyRefused if this party would train an adapter in a layer that may not get one.
@@ -84,15 +94,19 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         low, high = map(int, self.adapter_layers.split(":"))
         for match in filter(None, map(BLOCK_KEY.match, names)):
             if not low <= int(match[2]) < high:
-                raise PolicyRefused(f"this party would train an adapter in layer {match[2]}, which the policy forbids")
+                self._refuse(
+                    "adapter_layers", f"this party would train an adapter in layer {match[2]}, which the policy forbids"
+                )
 
     def check_welcome(self, asked: Terms, welcome: Welcome, plan: Plan) -> None:
         """Raise PolicyRefused if a server answers a hello with other terms than were asked for, or forbidden ones."""
         peer, terms = welcome.party, welcome.terms
-        if welcome.protocol < self.protocol or welcome.protocol != PROTOCOL:
-            raise PolicyRefused(f"{peer!r} speaks protocol {welcome.protocol}, the policy wants {self.protocol}")
+        if welcome.protocol < self.protocol:
+            self._refuse("protocol", f"{peer!r} speaks protocol {welcome.protocol}, the policy wants {self.protocol}")
+        if welcome.protocol != PROTOCOL:
+            raise PolicyRefused(f"{peer!r} speaks protocol {welcome.protocol}, this client {PROTOCOL}; update one")
         if terms.logs == "debug" and not self.debug:
-            raise PolicyRefused(f"{peer!r} writes contents into its logs (debug), which the policy forbids")
+            self._refuse("debug", f"{peer!r} writes contents into its logs, which the policy forbids")
         self._check_model(terms.fingerprint)
         self._check_noise(terms.noise)
         for name in Terms.__struct_fields__:
@@ -105,40 +119,50 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def _check_model(self, fingerprint: str) -> None:
         if self.models and fingerprint not in self.models:
-            raise PolicyRefused(f"the model {fingerprint} is not among those that the policy names")
+            self._refuse("models", f"the model {fingerprint} is not among those that the policy names")
 
     def _check_noise(self, noise: Noise) -> None:
         if noise.scale < self.least_noise:
-            raise PolicyRefused(f"noise of {noise.scale:g} on what leaves, the policy wants {self.least_noise:g}")
+            self._refuse(
+                "least_noise", f"noise of {noise.scale:g} on what leaves, the policy wants {self.least_noise:g}"
+            )
         if self.most_clip and not 0 < noise.clip <= self.most_clip:
-            raise PolicyRefused(f"vectors of norm {noise.clip or 'inf'} may leave, the policy wants {self.most_clip:g}")
+            self._refuse(
+                "most_clip", f"vectors of norm {noise.clip or 'inf'} may leave, the policy wants {self.most_clip:g}"
+            )
 
     def _check_adapter(self, asked: Terms, welcome: Welcome, plan: Plan) -> None:
-        """The remote parties train their own layers only, and only those that the policy allows."""
-        if welcome.adapter and not asked.lora:
+        """The remote parties train what they were asked to train, and of that what the policy allows."""
+        if not welcome.adapter:
+            return
+        if not asked.lora:
             raise PolicyRefused(f"{welcome.party!r} trains adapters, and none were asked for")
-        theirs = {layer for span in plan.remote for layer in range(span.start, span.end)}
-        if self.adapter_layers:
-            low, high = map(int, self.adapter_layers.split(":"))
-            theirs &= set(range(low, high))
+        lora = msgspec.json.decode(asked.lora, type=Lora)
+        holder = {i: s.party for s in plan.remote if lora.trained_by(s.party) for i in range(s.start, s.end)}
+        low, high = map(int, (self.adapter_layers or f"0:{plan.layers}").split(":"))
         for name, shape in welcome.adapter.items():
             match = BLOCK_KEY.match(name)
-            if match is None and plan.u_shaped:
-                raise PolicyRefused(f"{welcome.party!r} trains {name[:120]!r}, which is not in its layers")
-            if match is not None and int(match[2]) not in theirs:
-                raise PolicyRefused(f"{welcome.party!r} trains {name[:120]!r}, a layer that may not get an adapter")
-            if match is not None and not _asked_for(name, shape, msgspec.json.decode(asked.lora, type=Lora)):
+            if match is None:
+                if plan.u_shaped:
+                    raise PolicyRefused(f"{welcome.party!r} trains {name[:120]!r}, which is not in its layers")
+                continue
+            layer = int(match[2])
+            what = f"{welcome.party!r} trains {name[:120]!r}, a layer that may not get an adapter"
+            if layer not in holder:
+                raise PolicyRefused(what)
+            if not low <= layer < high:
+                self._refuse("adapter_layers", what)
+            if not _asked_for(name, shape, lora, holder[layer]):
                 raise PolicyRefused(f"{welcome.party!r} trains {name[:120]!r} {shape}, which was not asked for")
 
 
-def _asked_for(name: str, shape: list[int], lora: Lora) -> bool:
-    """Whether a tensor is a LoRA factor of a module that the settings name, of a rank that they give."""
+def _asked_for(name: str, shape: list[int], lora: Lora, party: str) -> bool:
+    """Whether a tensor is a LoRA factor of a module that the settings name, of the rank that a party has."""
     module, _, factor = name.removesuffix(".weight").rpartition(".")
     if factor not in ("lora_A", "lora_B") or len(shape) != 2 or max(shape) > LARGEST:
         return False
-    ranks = {lora.r, *lora.rank_of.values()}
     known = not lora.targets or any(module == t or module.endswith(f".{t}") for t in lora.targets)
-    return known and shape[0 if factor == "lora_A" else 1] in ranks
+    return known and shape[0 if factor == "lora_A" else 1] == lora.rank(party)
 
 
 def read_policy(path: Path | None = None) -> Policy:
@@ -156,6 +180,8 @@ def read_policy(path: Path | None = None) -> Policy:
         values = tomllib.loads(place.read_text(encoding="utf-8"))
         if beside := sorted(values.keys() - {"policy"} if "policy" in values else ()):
             raise ConfigError(f"{place} is not a policy: {beside[0]!r} stands outside of [policy]; move it inside")
-        return msgspec.convert(values.get("policy", values), Policy)
+        policy = msgspec.convert(values.get("policy", values), Policy)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise ConfigError(f"{place} is not a policy: {error}") from error
+    policy.__dict__["file"] = place
+    return policy

@@ -46,6 +46,7 @@ class Run:
     trainer: SpanTrainer
     ledger: Ledger
     begun: Begun
+    opener: int = 0  # number of the latest connection that has opened it
     following: Handler | None = None
     further: dict[str, list[int]] = field(default_factory=dict)  # adapters of the parties beyond
     connections: int = 0

@@ -6,6 +6,8 @@ apart by the owner that the transport names, never by a field of a message. What
 
 from __future__ import annotations
 
+import itertools
+import sys
 import threading
 import time
 import uuid
@@ -19,9 +21,10 @@ import torch
 
 from noren import __version__
 from noren.adapters.lora import Lora
-from noren.errors import ConfigError, HandshakeRefused, OverBudget, Overloaded
+from noren.errors import ConfigError, HandshakeRefused, OverBudget, Overloaded, SessionLost
 from noren.inference.sessions import Sessions
 from noren.metrics import current_memory
+from noren.parties.alone import Alone
 from noren.parties.connection import Connection
 from noren.parties.ledger import Begun, Ledger
 from noren.parties.runs import Following, Onward, Run, continues, dtype_name, label_of, onward_hello, same_state
@@ -34,6 +37,7 @@ from noren.wire.identity import Identity
 from noren.wire.journal import Journal
 
 T = TypeVar("T")
+LATEST = sys.maxsize
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,6 +52,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     session_seconds: float = 600.0  # an unused session ends after this
     grace_seconds: float = 30.0  # sessions and kept activations of a client whose connection has ended
     run_seconds: float = 3600.0  # a run whose client is gone leaves memory after this
+    drain_seconds: float = 5.0  # a party that was told to stop goes on for so long with those who are connected
     journal: str = "journal/{party}"  # folder of what outlives the process; "" for none
     journal_bytes: int = 8 << 30  # of all clients
     journal_bytes_each: int = 2 << 30
@@ -81,17 +86,30 @@ class SpanServer:
         self.sessions = Sessions(
             stage, bytes_per_owner=self.limits.cache_bytes, seconds=self.limits.session_seconds, clock=clock
         )
-        self.lock = threading.Lock()  # of the table of runs
+        self.lock = threading.Lock()  # of the table of runs; never held for long
+        self._opening = Alone()  # a run is opened by one at a time, and nobody waits who wants another
+        self._coming: set[tuple[str, str]] = set()  # runs that are being made
         self.following, self._journal, self._clock = following, journal, clock
         self.runs: dict[tuple[str, str], Run] = {}
         self.connections = self.steps = 0  # open now; optimiser steps since the process began
         self.draining = False
         self._began = clock()
-        self._numbers = 0
+        self._numbers = itertools.count(1)
         self._computer = Turns("noren-compute")
         weakref.finalize(self, self._computer.end)
         self._waiting = 0
         self._count = threading.Lock()
+
+    def come(self) -> int:
+        """Count a connection; returns its number, which is higher than those of all before it."""
+        with self._count:
+            self.connections += 1
+            return next(self._numbers)
+
+    def go(self) -> None:
+        """Count a connection off."""
+        with self._count:
+            self.connections -= 1
 
     def connect(self, owner: Identity) -> Connection:
         """Return the Handler for a new connection of `owner`, as the transport has identified it."""
@@ -138,8 +156,8 @@ class SpanServer:
         for key, run in gone:
             if run.left < now - self.limits.grace_seconds and not run.connections:
                 self.compute(partial(self._let_go, key, run))
-            if run.left < now - self.limits.run_seconds and not run.connections:
-                self._drop(key, forget=False)
+            if run.left < now - self.limits.run_seconds:
+                self._drop(key, forget=False, only=run, idle=True)
         if self._journal is not None:
             for name in self._journal.runs():
                 if self._journal.touched(name) > self.limits.journal_days * 86_400 and not self._is_live(name):
@@ -152,39 +170,50 @@ class SpanServer:
 
     def _is_live(self, label: str) -> bool:
         with self.lock:
-            return any(label_of(*key) == label for key in self.runs)
+            return any(label_of(*key) == label for key in (*self.runs, *self._coming))
 
-    def open_run(self, owner: str, hello: Hello) -> Run:
+    def open_run(self, owner: str, hello: Hello, number: int = LATEST) -> Run:
         """Return the owner's run of that name with one more connection (see `release`).
 
-        It goes on as it was left if the hello has its resume token, else it begins anew. Raises HandshakeRefused or
-        OverBudget.
+        It goes on as it was left if the hello has its resume token, else it begins anew. `number`: of the connection.
+        A hello of a connection that is older than the run, and does not go on with it, was overtaken by the client's
+        next one while it was worked on, and changes nothing. Raises HandshakeRefused, SessionLost or OverBudget.
         """
         self._check(hello)
         self.expire()
         key = (owner, hello.run)
-        with self.lock:
+        with self._opening(key):
             run = self.runs.get(key)
-        if run is not None and not continues(hello, run.begun):
-            self._drop(key, forget=True)
-        with self.lock:
-            if (run := self.runs.get(key)) is None:
-                if sum(k[0] == owner for k in self.runs) >= self.limits.runs:
+            if run is not None and not continues(hello, run.begun):
+                if number < run.opener:
+                    raise SessionLost("this run was begun anew by a later connection of its owner")
+                self._drop(key, forget=True)
+            with self.lock:
+                if (run := self.runs.get(key)) is not None:
+                    run.connections += 1
+                    run.opener = max(run.opener, number)
+                    return run
+                if sum(k[0] == owner for k in self.runs.keys() | self._coming) >= self.limits.runs:
                     raise OverBudget(f"{owner} has {self.limits.runs} runs here already, which is the limit; close one")
-                run = self.runs[key] = self._make(owner, hello)
-            run.connections += 1
-            return run
+                self._coming.add(key)
+            try:
+                run = self._make(owner, hello, number)
+                with self.lock:
+                    self.runs[key] = run
+                return run
+            finally:
+                with self.lock:
+                    self._coming.discard(key)
 
-    def _make(self, owner: str, hello: Hello) -> Run:
-        """Return a run that is not in memory: from the journal, or new."""
+    def _make(self, owner: str, hello: Hello, number: int) -> Run:
+        """Return a run that is not in memory, with one connection: from the journal, or new."""
         ledger = Ledger(self._journal, label_of(owner, hello.run), self.limits.journal_bytes_each)
         saved = ledger.saved()
         if saved is not None and not continues(hello, saved.begun):
             ledger.forget()
             saved = None
         lora = self.lora if hello.terms.lora else None
-        self._numbers += 1
-        name, seed, most = f"run{self._numbers}", hello.terms.seed, self.limits.graph_bytes
+        name, seed, most = f"run{next(self._numbers)}", hello.terms.seed, self.limits.graph_bytes
         try:
             trainer = self.compute(lambda: SpanTrainer(self.stage, lora, name, seed, most), owner)
         except ConfigError as error:
@@ -199,28 +228,32 @@ class SpanServer:
         except BaseException:
             self.compute(trainer.close)
             raise
-        run = Run(trainer, ledger, begun, left=self._clock())
+        run = Run(trainer, ledger, begun, opener=number, connections=1, left=self._clock())
         if self.following is not None:
             run.following = self.following(
                 lambda: onward_hello(owner, run), same_state(run), lambda asked: run.onward_schema(self.stage, asked)
             )
         return run
 
-    def close_run(self, owner: str, name: str, *, forget: bool) -> None:
-        """End a run and all that memory holds for it; with `forget`, what the journal holds too."""
-        self._drop((owner, name), forget=forget)
+    def close_run(self, owner: str, name: str, *, forget: bool, run: Run | None = None) -> None:
+        """End a run and all that memory holds for it; with `forget`, what the journal holds too.
 
-    def _drop(self, key: tuple[str, str], *, forget: bool) -> None:
+        `run`: only if it is this one still, and not one that was begun in its place.
+        """
+        with self._opening((owner, name)):
+            self._drop((owner, name), forget=forget, only=run)
+
+    def _drop(self, key: tuple[str, str], *, forget: bool, only: Run | None = None, idle: bool = False) -> None:
         with self.lock:
-            run = self.runs.pop(key, None)
-        if run is None:
-            return
+            run = self.runs.get(key)
+            if run is None or (only is not None and only is not run) or (idle and run.connections):
+                return
+            del self.runs[key]
         run.closed = True
         run.deltas = None
         self.compute(run.trainer.close)
         self.compute(partial(self.sessions.end, *key))
-        if forget:
-            run.ledger.forget()
+        run.ledger.end(forget=forget)
         if isinstance(run.following, Onward):
             run.following.close()
 

@@ -115,6 +115,8 @@ def train(
         kept = StepJournal(journal, document.run.name).read()
         if kept is None:  # what an attempt that came to nothing has left
             stale = [key for key in journal.keys(document.run.name) if key.startswith("sent/")]
+            if not resume and journal.runs() not in ([], [document.run.name]):
+                raise _there_already(document)
             journal.write(document.run.name, {}, drop=stale)  # the count of what has left, and the secret, stay
         elif not resume:
             raise _there_already(document)
@@ -208,6 +210,13 @@ def _check(document: Document, checkpoint: Path, resume: bool) -> None:
     there = (checkpoint / "state.json").is_file()
     if there and not resume:
         raise _there_already(document)
+    ours = there or (document.out / "journal" / "lock").is_file()
+    held = sorted(path.name for path in document.out.iterdir()) if document.out.is_dir() else []
+    if held and not ours:
+        raise ConfigError(
+            f"out: {document.out} is not empty (it holds {held[0]!r}), and what it holds is no run that could go on; "
+            "name another folder, or empty this one"
+        )
     if resume and not there and not (document.out / "journal").is_dir():
         raise ConfigError(f"{checkpoint}: no checkpoint to resume from; start without --resume")
 

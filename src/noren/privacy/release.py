@@ -47,7 +47,8 @@ class Spent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Releases:
     """The one way out for what a client computed from its data. Use as `RemoteSpan.release`.
 
-    `most`: vectors that may be released in the run, 0 for no limit. Raises PolicyRefused at the first that is too many.
+    `most`: vectors that may be released in the run, 0 for no limit, and `rule` says where that stands. Raises
+    PolicyRefused at the first that is too many.
     `delta`: makes differences of training passes; `samples` must then be set before each, and `compactly` be a guard of
     whatever the messages are sent by. Raises ConfigError where samples are not set.
     """
@@ -60,7 +61,9 @@ class Releases:
         journal: Journal | None = None,
         run: str = "",
         delta: DeltaSender | None = None,
+        rule: str = "",
     ) -> None:
+        self._rule = rule
         self._most, self._journal, self._run, self._delta = most, journal, run, delta
         self.samples: list[int] | None = None  # numbers of the sequences of the next training pass
         self._compact: tuple[Message, Message] | None = None  # what was released last, and its differences
@@ -83,7 +86,8 @@ class Releases:
         spent = self.spent + len(vectors)
         if self._most and spent > self._most:
             raise PolicyRefused(
-                f"{spent} vectors would have left, and the policy's budget is {self._most}; nothing was sent"
+                f"{spent} vectors would have left, and the policy's budget is {self._most}; nothing was sent "
+                f"{self._rule}"
             )
         if self._noise is not None:
             message = Message(message.meta, {name: self._noise(vectors, key)})

@@ -31,6 +31,9 @@ from noren.wire.settings import Doors, codecs_for
 LEAST_RATE = 10_000
 """Bytes a second below which a message is too slow, after `Doors.stall_seconds`."""
 
+HELLO, ANSWERING = "waiting for a hello", "not reading its answer"
+"""What a connection may be busy with, beside the middle of a message."""
+
 log = logging.getLogger("noren.wire")
 
 
@@ -66,15 +69,24 @@ class _Visit:
     peer: Peer
     context: grpc.ServicerContext
     since: float = field(default_factory=time.monotonic)
-    busy: str = "waiting for a hello"  # "" between messages and while an answer is worked out
+    busy: str = HELLO  # "" between messages and while an answer is worked out
     crossed: int = 0  # bytes of the message that have crossed
     ended: str = ""
+    no_hello: float | None = field(default_factory=time.monotonic)  # since when there is no run; None in one
 
     def at(self, busy: str, crossed: int = 0) -> None:
-        """Note what the connection is doing, with a message of which so many bytes have crossed."""
-        self.crossed = crossed
-        if busy != self.busy or not busy:
-            self.busy, self.since = busy, time.monotonic()
+        """Note what the connection is doing, with a message of which so many bytes have crossed.
+
+        Whoever is without a run is so from connecting on, whatever else is asked meanwhile.
+        """
+        self.crossed, now = crossed, time.monotonic()
+        if not busy and self.busy == ANSWERING:  # with an answer read, and no hello awaited
+            self.no_hello = None
+        if busy == HELLO:
+            self.no_hello = now if self.no_hello is None else self.no_hello
+            self.busy, self.since = busy, self.no_hello
+        elif busy != self.busy or not busy:
+            self.busy, self.since = busy, now
 
     def end(self, why: str) -> None:
         """Cut the connection."""
@@ -155,11 +167,21 @@ class GrpcServer:
             threading.Thread(target=self._keep_ticking, args=(self._tick,), name="noren-tick", daemon=True).start()
         return self
 
-    def stop(self, grace: float = 1.0) -> None:
-        """Stop listening, give running answers `grace` seconds."""
-        self._over.set()
+    def drain(self, seconds: float, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Say at once that this party is about to stop; then wait, at most so long, until nobody is connected.
+
+        Those who are connected are served meanwhile; `hurry` ends the wait.
+        """
         if self._health is not None:
             self._health.enter_graceful_shutdown()
+        end = time.monotonic() + seconds
+        while self._visits and time.monotonic() < end and not hurry():
+            time.sleep(0.05)
+
+    def stop(self, grace: float = 1.0) -> None:
+        """Stop listening, give running answers `grace` seconds."""
+        self.drain(0.0)
+        self._over.set()
         if self._server is not None:
             self._server.stop(grace).wait(grace + 5)
 
@@ -189,7 +211,7 @@ class GrpcServer:
             self._check_certificate(visit.peer)
         except Denied as error:
             return str(error)
-        seconds = self._doors.hello_seconds if "hello" in visit.busy else self._doors.stall_seconds
+        seconds = self._doors.hello_seconds if visit.busy == HELLO else self._doors.stall_seconds
         seconds += visit.crossed / LEAST_RATE
         if visit.busy and time.monotonic() - visit.since > seconds:
             return f"{visit.busy} for more than {seconds:.0f} s"

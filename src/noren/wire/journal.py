@@ -118,6 +118,7 @@ class Journal:
             for run, written in self._db.execute(sa.select(_RUNS.c.run, _RUNS.c.written)).tuples():
                 self._written[run] = instant - max(0.0, now - written)
             needed = set(self._db.scalars(sa.select(_OBJECTS.c.digest)))
+            self._bytes = self._used()
         log = self._path.with_name(f"{self._path.name}-wal")
         if log.exists():  # what a crash left there must be on the disk before what it replaced goes
             sync(log)
@@ -151,9 +152,8 @@ class Journal:
 
     @property
     def used(self) -> int:
-        """Bytes of all bodies that are pointed to; equal bodies count once."""
-        with self._transaction():
-            return self._used()
+        """Bytes of all bodies that are pointed to; equal bodies count once. Known without asking the disk."""
+        return self._bytes
 
     def used_by(self, prefix: str) -> int:
         """Bytes of the bodies of all runs whose name begins so; a body that several point to counts for each."""
@@ -183,12 +183,11 @@ class Journal:
         with self._lock:
             try:
                 with self._transaction():
-                    before = self._used()
                     self._drop(run, dropped, drop_all)
                     new = self._put(run, rows, bodies)
                     needless = set(self._db.scalars(_NEEDLESS.returning(_OBJECTS.c.digest)))
                     empty = set(self._db.scalars(_EMPTY_RUNS.returning(_RUNS.c.run)))
-                    self._check_budget(before)
+                    after = self._within_budget()
                     self._objects.store(bodies, new)
                     needless |= self._strays - set(self._db.scalars(sa.select(_OBJECTS.c.digest)))
                     committing = True
@@ -197,6 +196,7 @@ class Journal:
                     self._strays |= new
                 self._objects.remove(new - self._strays)
                 raise
+            self._bytes = after
             self._strays.clear()
             self._objects.remove(needless)
             self._written[run] = time.monotonic()
@@ -230,13 +230,17 @@ class Journal:
     def _used(self) -> int:
         return int(self._db.scalar(sa.select(sa.func.coalesce(sa.func.sum(_OBJECTS.c.size), 0))) or 0)
 
-    def _check_budget(self, before: int) -> None:
+    def _within_budget(self) -> int:
+        """Return the bytes of all bodies as they will be. Raises OverBudget."""
         after = self._used()
-        if after > max(self.max_bytes, before):  # what only shrinks is allowed, also under a limit that was lowered
+        if after > max(
+            self.max_bytes, self._bytes
+        ):  # what only shrinks is allowed, also under a limit that was lowered
             raise OverBudget(
                 f"{self.folder}: the bodies of all runs would take {after} bytes, at most {self.max_bytes} may be kept;"
                 " forget runs that have ended, or raise the limit"
             )
+        return after
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from noren.errors import ConfigError
 from noren.wire.codecs import codec
 
 DELTA = "delta"
@@ -36,8 +37,11 @@ class Wire(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError('gradients cannot be "delta", which is for activations only; "int8-group" is as small')
         if not 0 < self.delta_bytes < 1 << 48:
             raise ValueError("delta_bytes must be above 0 and below 2^48")
-        for name in {self.activations, self.gradients} - {DELTA}:
-            codec(name)
+        for name in ("activations", "gradients"):
+            try:
+                codec("raw" if (chosen := getattr(self, name)) == DELTA else chosen)
+            except ConfigError as error:
+                raise ValueError(f"{name}: {error}") from None
 
 
 class Doors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
