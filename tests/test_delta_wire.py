@@ -445,7 +445,7 @@ def test_noise_is_added_before(stage: Stage, llama_folder: Path, tmp_path: Path)
     with Journal(tmp_path / "near") as journal:
         client = Client(made, line, policy=Policy(most_vectors=1000), journal=journal)
         line.before = once("backward", "4.0", lambda: line.server.expire() or line.drop_graphs())  # type: ignore[func-returns-value]
-        line.__dict__["drop_graphs"] = lambda: next(iter(line.server.runs.values())).trainer.forget_graphs()
+        line.__dict__["drop_graphs"] = lambda: next(iter(line.server.runs.values())).trainer.forget_passes()
         run(client)
         assert whole(line.seen) == ["4.0"]
         assert client.releases.spent == 2 * EPOCHS * sum(len(row["input_ids"]) for row in rows())

@@ -11,7 +11,9 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import msgspec
 import torch
@@ -159,6 +161,25 @@ def activate(model: nn.Module, adapter: str | None) -> None:
         else:
             layer.enable_adapters(True)
             layer.set_adapter(adapter)
+
+
+_BY_ROWS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+
+
+def by_rows(model: nn.Module, names: list[str] | None) -> None:
+    """Let each row of a batch pass through the adapter that `names` gives it; None: the active one is for all.
+
+    PEFT's own way of a mixed batch, which it offers for inference; gradients flow through it as well.
+    """
+    for handle in _BY_ROWS.pop(model, []):
+        handle.remove()
+    if names is not None:
+        hook = partial(_name_rows, names)
+        _BY_ROWS[model] = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in adapter_layers(model)]
+
+
+def _name_rows(names: list[str], layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, kwargs | {"adapter_names": names}
 
 
 def remove(model: nn.Module, adapter: str) -> None:

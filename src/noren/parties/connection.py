@@ -14,6 +14,7 @@ from noren.errors import HandshakeRefused, OverBudget, ProtocolError, SessionLos
 from noren.inference.sessions import Sessions
 from noren.parties.runs import Run, onward_hello
 from noren.partition.stage import Frame, Stage
+from noren.training.passes import Passes
 from noren.types import (
     PROTOCOL,
     Backward,
@@ -45,6 +46,7 @@ class Host(Protocol):
     """What a connection needs of the party that it leads to (see server.SpanServer)."""
 
     stage: Stage
+    passes: Passes
     sessions: Sessions
     limits: Any
     steps: int
@@ -250,11 +252,10 @@ class Connection:
         try:
             out = self._compute(work)
             if run.following is not None:
-                onward = Message(meta, {"hidden": frame.packed(out)})
-                trainer.sent_on(meta.session, onward)
+                onward = trainer.kept(meta.session).onward = Message(meta, {"hidden": out})
                 answer = run.following(onward)
             else:
-                answer = _hidden(frame, out)
+                answer = Message(Hidden(per_sequence=self._host.passes.per_sequence), {"hidden": out})
         except Exception:
             self._keep_step(run, before)
             raise
@@ -268,7 +269,7 @@ class Connection:
             return known
         run.ledger.check_step(meta.session, run.trainer.step)
         gradient = message.tensors["gradient"].to(next(self._host.stage.model.parameters()).device)
-        run.trainer.outputs(meta.session)
+        run.trainer.kept(meta.session)
         further = 0.0
         if run.following is not None:
             reply = self._backward_beyond(run, meta, message)
@@ -292,7 +293,7 @@ class Connection:
         try:
             reply = run.following(message)
         except SessionLost:
-            onward = run.trainer.onward(meta.session)
+            onward = run.trainer.kept(meta.session).onward
             if onward is None:
                 raise
             run.following(onward)

@@ -30,6 +30,7 @@ from noren.parties.ledger import Begun, Ledger
 from noren.parties.runs import Following, Onward, Run, continues, dtype_name, label_of, onward_hello, same_state
 from noren.parties.turns import Turns
 from noren.partition.stage import Stage
+from noren.training.passes import Passes
 from noren.training.span_trainer import SpanTrainer
 from noren.types import PROTOCOL, Condition, Hello, Terms
 from noren.wire.codecs import CODECS
@@ -44,7 +45,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What one owner may make this party hold, and for how long (`[serve]` in a run document)."""
 
     cache_bytes: int = 2 << 30  # keys and values of all its sessions
-    graph_bytes: int = 4 << 30  # activations kept for backward passes
+    graph_bytes: int = 4 << 30  # activations kept for backward passes, of all runs; beyond it, computed again
     tokens: int = 65_536  # in one message
     delta_bytes: int = 256 << 20  # samples held for a run under the codec "delta"; one that asks for more is refused
     runs: int = 4  # adapters held at once
@@ -89,6 +90,7 @@ class SpanServer:
         self.lock = threading.Lock()  # of the table of runs; never held for long
         self._opening = Alone()  # a run is opened by one at a time, and nobody waits who wants another
         self._coming: set[tuple[str, str]] = set()  # runs that are being made
+        self.passes = Passes(stage, self.limits.graph_bytes)
         self.following, self._journal, self._clock = following, journal, clock
         self.runs: dict[tuple[str, str], Run] = {}
         self.connections = self.steps = 0  # open now; optimiser steps since the process began
@@ -165,7 +167,7 @@ class SpanServer:
 
     def _let_go(self, key: tuple[str, str], run: Run) -> None:
         self.sessions.end(*key)
-        run.trainer.forget_graphs()
+        run.trainer.forget_passes()
         run.deltas = None
 
     def _is_live(self, label: str) -> bool:
@@ -213,9 +215,9 @@ class SpanServer:
             ledger.forget()
             saved = None
         lora = self.lora if hello.terms.lora else None
-        name, seed, most = f"run{next(self._numbers)}", hello.terms.seed, self.limits.graph_bytes
+        name, seed = f"run{next(self._numbers)}", hello.terms.seed
         try:
-            trainer = self.compute(lambda: SpanTrainer(self.stage, lora, name, seed, most), owner)
+            trainer = self.compute(lambda: SpanTrainer(self.passes, lora, name, seed), owner)
         except ConfigError as error:
             raise HandshakeRefused(f"{self.stage.party!r} cannot make this adapter: {error}") from error
         try:

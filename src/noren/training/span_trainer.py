@@ -1,7 +1,7 @@
-"""Training of a remote stage's adapter for one client: graphs between forward and backward, one optimiser, steps.
+"""Training of a remote stage's adapter for one client: passes between forward and backward, one optimiser, steps.
 
-An optimiser step is applied once, by its number. A forward pass may be computed again, with the same dropout, to get
-back a graph that was lost. That a backward pass counts once is the ledger's business (parties.ledger).
+An optimiser step is applied once, by its number. A forward pass may be computed again, with the same dropout (see
+passes.py). That a backward pass counts once is the ledger's business (parties.ledger).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,25 +17,17 @@ from torch import Tensor, nn
 from noren.adapters import lora as adapters
 from noren.adapters.lora import Lora
 from noren.errors import OverBudget, ProtocolError, SessionLost
-from noren.partition.stage import Frame, Stage
-from noren.types import Message, Optimizer, Update
-
-
-@dataclass
-class Graph:
-    """A forward pass that waits for its backward: packed input and output, and the bytes that it keeps alive."""
-
-    inputs: Tensor
-    outputs: Tensor
-    nbytes: int
-    onward: Message | None = None  # what was sent to the next party, which may lose its own graph
+from noren.partition.stage import Frame
+from noren.training.passes import Pass, Passes
+from noren.types import Optimizer, Update
 
 
 class SpanTrainer:
     """One run's adapter in a shared stage. Its methods are called under the stage's lock."""
 
-    def __init__(self, stage: Stage, lora: Lora | None, adapter: str, seed: int, max_bytes: int) -> None:
-        self._stage, self.adapter, self._max_bytes = stage, adapter, max_bytes
+    def __init__(self, passes: Passes, lora: Lora | None, adapter: str, seed: int) -> None:
+        self._computer, stage = passes, passes.stage
+        self._stage, self.adapter = stage, adapter
         self.parameters: list[nn.Parameter] = []
         if lora is not None and lora.trained_by(stage.party):
             stage.in_use = None  # a new adapter is active until another is chosen
@@ -47,17 +38,12 @@ class SpanTrainer:
         self._seed = seed
         self._optimizer: torch.optim.Optimizer | None = None
         self._moments: dict[str, Tensor] = {}  # loaded from a checkpoint, for an optimiser not yet made
-        self._graphs: dict[str, Graph] = {}
+        self._passes: dict[str, Pass] = {}
 
     @property
     def trainable(self) -> int:
         """Number of parameters that this stage trains for the run."""
         return sum(p.numel() for p in self.parameters)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of activations kept for backward passes to come."""
-        return sum(graph.nbytes for graph in self._graphs.values())
 
     def use(self, *, dropout: bool) -> None:
         """Make this run's adapter the one that acts in the shared stage, unless it is already."""
@@ -68,27 +54,23 @@ class SpanTrainer:
             self._stage.in_use = wanted
 
     def forward(self, session: str, frame: Frame, *, dropout: bool) -> Tensor:
-        """Run the stage, keep the graph; returns the padded output, detached."""
-        self.use(dropout=dropout)
-        self._graphs.pop(session, None)
-        frame.hidden = frame.hidden.detach().requires_grad_()
-        count = _SavedBytes(self._stage)
-        hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-        with self._random(session, dropout), torch.enable_grad(), hooks:
-            out: Tensor = self._stage(frame.padded(), frame.real, positions=frame.positions)
-            packed = out if out.dim() == 2 else frame.packed(out)
-        while self._graphs and self.nbytes + count.total > self._max_bytes:
-            del self._graphs[next(iter(self._graphs))]  # the oldest; most likely its backward will never come
-        if count.total > self._max_bytes:
-            raise OverBudget(
-                f"this batch keeps {count.total} bytes for its backward, the limit is {self._max_bytes}; use a smaller "
-                "batch"
-            )
-        self._graphs[session] = Graph(frame.hidden, packed, count.total)
-        return out.detach()
+        """Run the stage; returns the packed output [N, d] (or one row a sequence), detached."""
+        return self._computer.forward([self.begin(session, frame, dropout=dropout)])[0]
+
+    def begin(self, session: str, frame: Frame, *, dropout: bool) -> Pass:
+        """Note a forward pass, which is then to be computed. Raises OverBudget."""
+        self.forget(session)
+        frame.hidden = frame.hidden.detach()
+        most = self._computer.most
+        if frame.hidden.nbytes > most:
+            raise OverBudget(f"a batch of {frame.hidden.nbytes} bytes, the limit is {most}; use a smaller one")
+        while self._passes and sum(one.nbytes for one in self._passes.values()) + frame.hidden.nbytes > most:
+            self.forget(next(iter(self._passes)))  # the oldest; most likely its backward will never come
+        self._passes[session] = one = Pass(self, session, frame, dropout)
+        return one
 
     @contextmanager
-    def _random(self, session: str, dropout: bool) -> Iterator[None]:
+    def random(self, session: str, dropout: bool) -> Iterator[None]:
         """Draw dropout from the run's seed and the forward pass's name: the same whenever it is computed."""
         if not dropout:
             yield
@@ -99,37 +81,21 @@ class SpanTrainer:
             yield
 
     def holds(self, session: str) -> bool:
-        """Whether the graph of a forward pass is kept."""
-        return session in self._graphs
+        """Whether a forward pass is kept."""
+        return session in self._passes
 
-    def outputs(self, session: str) -> Tensor:
-        """What a kept forward pass gave, packed. Raises SessionLost."""
-        return self._graph(session).outputs.detach()
-
-    def sent_on(self, session: str, message: Message) -> None:
-        """Remember what a kept forward pass sent to the next party."""
-        self._graph(session).onward = message
-
-    def onward(self, session: str) -> Message | None:
-        """What a kept forward pass sent to the next party."""
-        return self._graph(session).onward
-
-    def _graph(self, session: str) -> Graph:
-        graph = self._graphs.get(session)
-        if graph is None:
+    def kept(self, session: str) -> Pass:
+        """Return a forward pass that waits for its backward. Raises SessionLost."""
+        one = self._passes.get(session)
+        if one is None:
             raise SessionLost("this forward pass is not kept here (restarted, expired or closed); repeat the step")
-        return graph
+        return one
 
     def backward(self, session: str, gradient: Tensor) -> Tensor:
-        """Take a gradient through the kept graph; returns the gradient of the stage's packed input."""
-        graph = self._graph(session)
-        if gradient.shape != graph.outputs.shape:
-            raise ProtocolError(f"gradient {list(gradient.shape)} for an output {list(graph.outputs.shape)}")
-        self.use(dropout=self._stage.training)
-        torch.autograd.backward(graph.outputs, gradient.to(graph.outputs.dtype))
-        del self._graphs[session]
-        out = graph.inputs.grad
-        return torch.zeros_like(graph.inputs) if out is None else out
+        """Take a gradient [N, d] of a kept pass's output back; returns that of its input."""
+        out = self._computer.backward([(self.kept(session), gradient)])[0]
+        self.forget(session)
+        return out
 
     def square_norm(self) -> float:
         """Squared L2 norm of the gradients accumulated since the last step."""
@@ -150,7 +116,7 @@ class SpanTrainer:
         if optimizer is not None:
             optimizer.step()
         self._zero()
-        self._graphs.clear()  # they belong to the weights before the step
+        self.forget_passes()  # they belong to the weights before the step
         self.step = update.step
 
     def discard(self) -> None:
@@ -243,16 +209,17 @@ class SpanTrainer:
         self._moments = {}
 
     def forget(self, session: str | None = None) -> None:
-        """Drop kept graphs (of one session, or all) and, with all of them, the gradients."""
-        if session is not None:
-            self._graphs.pop(session, None)
-            return
-        self._graphs.clear()
-        self._zero()
+        """Drop a kept pass or, without a session, all of them and the gradients."""
+        if session is None:
+            self.forget_passes()
+            self._zero()
+        elif (one := self._passes.pop(session, None)) is not None:
+            self._computer.drop(one)
 
-    def forget_graphs(self) -> None:
-        """Drop all kept graphs; adapter, gradients and optimiser stay."""
-        self._graphs.clear()
+    def forget_passes(self) -> None:
+        """Drop all kept passes; adapter, gradients and optimiser stay."""
+        for session in list(self._passes):
+            self.forget(session)
 
     def close(self) -> None:
         """Take the run's adapter out of the stage."""
@@ -260,19 +227,3 @@ class SpanTrainer:
         if self.parameters:
             adapters.remove(self._stage.model, self.adapter)
             self._stage.in_use = None
-
-
-class _SavedBytes:
-    """Counts the bytes that a graph keeps alive, weights left out."""
-
-    def __init__(self, stage: Stage) -> None:
-        self.total = 0
-        self._weights = {p.untyped_storage().data_ptr() for p in stage.parameters()}
-        self._seen: set[int] = set()
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in self._weights and place not in self._seen:
-            self._seen.add(place)
-            self.total += tensor.untyped_storage().nbytes()
-        return tensor

@@ -1,0 +1,278 @@
+"""Forward passes that wait for their backward pass, of all runs of a party: kept within one budget, or computed again.
+
+A pass's packed input is always kept. Its activations are kept while they fit into the budget; else the pass is computed
+again when its gradient comes: as a whole if there is room by then, or block by block (gradient checkpointing, Chen et
+al. 2016, arXiv 1604.06174). Both give the same numbers as activations that were kept.
+
+Passes of several runs may be computed together, with each row under its own run's adapter: they must be of the same
+width, so that nobody pays for another's padding, and without dropout, which draws from each run's own seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from noren.adapters import lora as adapters
+from noren.errors import ProtocolError
+from noren.partition.blocks import find_blocks
+from noren.partition.stage import Frame, Stage
+from noren.types import Message
+
+
+class Run(Protocol):
+    """Whose pass it is (see span_trainer.SpanTrainer)."""
+
+    adapter: str
+    parameters: list[nn.Parameter]
+
+    def use(self, *, dropout: bool) -> None:
+        """Let the run's adapter act in the stage."""
+
+    def random(self, session: str, dropout: bool) -> AbstractContextManager[None]:
+        """Draw dropout from the run's seed."""
+
+
+@dataclass(eq=False)
+class Pass:
+    """One run's forward pass of a training session."""
+
+    run: Run
+    session: str
+    frame: Frame
+    dropout: bool
+    onward: Message | None = None  # what was sent to the next party, which may lose its own part
+    graph: _Graph | None = field(default=None, repr=False)
+    shape: tuple[int, ...] = ()  # of the packed output
+
+    @property
+    def nbytes(self) -> int:
+        """Of the input that is kept."""
+        return self.frame.hidden.nbytes
+
+
+@dataclass(eq=False)
+class _Graph:
+    """What autograd keeps of some passes that were computed together."""
+
+    passes: list[Pass]
+    inputs: Tensor  # packed, of all passes
+    outputs: Tensor  # packed, or one row a sequence
+    nbytes: int
+
+
+class Passes:
+    """The passes of one stage. All methods are called in the one thread that computes.
+
+    `most`: bytes of activations at once. `joined`: at most so many tokens are computed together.
+    """
+
+    def __init__(self, stage: Stage, most: int, joined: int = 1 << 14) -> None:
+        self.stage, self.most, self.joined = stage, most, joined
+        self.again = 0  # passes that were computed a second time
+        self.together = 0  # passes that were computed with others
+        self.per_sequence = False  # whether the stage's head gives one row a sequence
+        self._graphs: list[_Graph] = []
+        self._per_token = 0.0  # bytes of activations, the most seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of activations that are kept now."""
+        return sum(graph.nbytes for graph in self._graphs)
+
+    def forward(self, passes: Sequence[Pass]) -> list[Tensor]:
+        """Compute some passes; returns their packed outputs [N, d] (or one row a sequence [B, K])."""
+        out: dict[int, Tensor] = {}
+        for some in self._split(passes):
+            outputs = self._keep(some)
+            for one, part in zip(some, _parts(some, outputs, self.per_sequence), strict=True):
+                one.shape, out[id(one)] = tuple(part.shape), part.detach()
+        return [out[id(one)] for one in passes]
+
+    def backward(self, pairs: Sequence[tuple[Pass, Tensor]]) -> list[Tensor]:
+        """Take gradients [N, d] of some passes' outputs back; returns those of their inputs, each once.
+
+        Those of the adapters are added to what their runs have accumulated.
+        """
+        for one, gradient in pairs:
+            if tuple(gradient.shape) != one.shape:
+                raise ProtocolError(f"gradient {list(gradient.shape)} for an output {list(one.shape)}")
+        given = {id(one): gradient for one, gradient in pairs}
+        out: dict[int, Tensor] = {}
+        for graph in [graph for graph in self._graphs if any(id(one) in given for one in graph.passes)]:
+            out |= self._take_back(graph, given)
+        for some in self._split([one for one, _ in pairs if id(one) not in out]):
+            self.again += len(some)
+            out |= self._take_back(self._compute_again(some), given)
+        return [out[id(one)] for one, _ in pairs]
+
+    def drop(self, one: Pass) -> None:
+        """Forget a pass. What others have in common with it is computed again when they need it."""
+        if one.graph is not None:
+            self._free(one.graph)
+
+    def _free(self, graph: _Graph) -> None:
+        self._graphs.remove(graph)
+        for one in graph.passes:
+            one.graph = None
+
+    def _take_back(self, graph: _Graph, given: dict[int, Tensor]) -> dict[int, Tensor]:
+        self._act(graph.passes)
+        gradient = torch.cat(
+            [given.get(id(one), graph.outputs.new_zeros(one.shape)).to(graph.outputs) for one in graph.passes]
+        )
+        torch.autograd.backward(graph.outputs, gradient)
+        whole = graph.inputs.grad
+        parts = _parts(graph.passes, torch.zeros_like(graph.inputs) if whole is None else whole, False)
+        out = {id(one): part for one, part in zip(graph.passes, parts, strict=True) if id(one) in given}
+        if graph in self._graphs:
+            self._free(graph)
+        return out
+
+    def _split(self, passes: Sequence[Pass]) -> list[list[Pass]]:
+        """Sort passes into those that can be computed together."""
+        out: list[list[Pass]] = []
+        like: list[tuple[object, ...]] = []
+        for one in passes:
+            frame = one.frame
+            alone = id(one) if one.dropout and self._draws() else None
+            key = (frame.real.shape[1], frame.padding, frame.positions, one.dropout, alone)
+            for place, some in zip(like, out, strict=True):
+                if place == key and sum(len(o.frame.hidden) for o in some) + len(frame.hidden) <= self.joined:
+                    some.append(one)
+                    break
+            else:
+                out.append([one])
+                like.append(key)
+        return out
+
+    def _draws(self) -> bool:
+        """Whether any dropout of the stage is above 0."""
+        rates = [module.p for module in self.stage.modules() if isinstance(module, nn.Dropout)]
+        config = self.stage.config.to_dict()
+        return any(rates) or any(value for name, value in config.items() if "drop" in name and name != "layerdrop")
+
+    def _act(self, passes: Sequence[Pass]) -> None:
+        """Let each row's adapter act."""
+        first = passes[0]
+        if len({one.run.adapter for one in passes}) == 1:
+            first.run.use(dropout=first.dropout)
+            adapters.by_rows(self.stage.model, None)
+            return
+        self.stage.in_use = None
+        self.stage.train(first.dropout)
+        adapters.activate(self.stage.model, first.run.adapter)
+        names = [one.run.adapter for one in passes for _ in one.frame.lengths]
+        adapters.by_rows(self.stage.model, names)
+        for one in passes:
+            for parameter in one.run.parameters:
+                parameter.requires_grad_(True)
+
+    def _keep(self, passes: list[Pass]) -> Tensor:
+        """Compute passes, and keep their activations if they fit into what is left of the budget."""
+        self.together += len(passes) if len(passes) > 1 else 0
+        tokens, room = sum(len(one.frame.hidden) for one in passes), self.most - self.nbytes
+        if self._per_token * tokens <= room:
+            try:
+                graph = self._compute(passes, room)
+            except _TooMuch:
+                pass
+            else:
+                self._remember(graph)
+                self._graphs.append(graph)
+                return graph.outputs
+        self._act(passes)
+        with self._random(passes), torch.no_grad():
+            return self._run(_joint(passes))
+
+    def _compute(self, passes: list[Pass], room: float) -> _Graph:
+        """Compute passes with all of their activations. Raises _TooMuch if these are more than `room` bytes."""
+        self._act(passes)
+        frame = _joint(passes)
+        frame.hidden = frame.hidden.detach().requires_grad_()
+        count = _SavedBytes(self.stage, room)
+        hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+        with self._random(passes), torch.enable_grad(), hooks:
+            outputs = self._run(frame)
+        return _Graph(passes, frame.hidden, outputs, count.total)
+
+    def _remember(self, graph: _Graph) -> None:
+        self._per_token = max(self._per_token, graph.nbytes / len(graph.inputs))
+        for one in graph.passes:
+            one.graph = graph
+
+    def _compute_again(self, passes: list[Pass]) -> _Graph:
+        """Compute passes once more, for the gradient that is here now."""
+        tokens = sum(len(one.frame.hidden) for one in passes)
+        wanted = self._per_token * tokens
+        while self._graphs and wanted + self.nbytes > self.most:
+            self._free(self._graphs[-1])  # the newest: its gradient comes last
+        if wanted <= self.most:
+            try:
+                return self._compute(passes, self.most)
+            except _TooMuch:
+                self._per_token = max(self._per_token, self.most / tokens)
+        with _block_by_block(self.stage):
+            return self._compute(passes, float("inf"))
+
+    def _run(self, frame: Frame) -> Tensor:
+        out: Tensor = self.stage(frame.padded(), frame.real, positions=frame.positions)
+        self.per_sequence = out.dim() == 2
+        return out if self.per_sequence else frame.packed(out)
+
+    def _random(self, passes: list[Pass]) -> AbstractContextManager[None]:
+        return passes[0].run.random(passes[0].session, passes[0].dropout)
+
+
+def _joint(passes: Sequence[Pass]) -> Frame:
+    """The batch of all passes' rows."""
+    first = passes[0].frame
+    lengths = [length for one in passes for length in one.frame.lengths]
+    return Frame(torch.cat([one.frame.hidden for one in passes]), lengths, first.padding, first.positions)
+
+
+def _parts(passes: Sequence[Pass], joint: Tensor, per_sequence: bool) -> list[Tensor]:
+    """Cut what was computed for all passes into each one's part."""
+    return list(joint.split([len(one.frame.lengths if per_sequence else one.frame.hidden) for one in passes]))
+
+
+class _TooMuch(Exception):
+    """The activations do not fit."""
+
+
+class _SavedBytes:
+    """Counts the bytes that a graph keeps alive, weights left out. Raises _TooMuch above `most`."""
+
+    def __init__(self, stage: Stage, most: float) -> None:
+        self.total, self._most = 0, most
+        self._weights = {p.untyped_storage().data_ptr() for p in stage.parameters()}
+        self._seen: set[int] = set()
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in self._weights and place not in self._seen:
+            self._seen.add(place)
+            self.total += tensor.untyped_storage().nbytes()
+            if self.total > self._most:
+                raise _TooMuch
+        return tensor
+
+
+@contextmanager
+def _block_by_block(stage: Stage) -> Iterator[None]:
+    """Keep no more than the input of each block, and compute it again for its gradient."""
+    blocks = set(find_blocks(stage.model.base_model)[1])
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
