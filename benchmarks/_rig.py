@@ -43,8 +43,11 @@ def llama(folder: Path, shape: str, vocabulary: int = 32_000) -> Path:
 
 
 @contextmanager
-def server(folder: Path, values: dict[str, Any], threads: int) -> Iterator[Document]:
-    """Run `noren serve` for the middle of a run document's model in a process of its own; yields the document."""
+def server(folder: Path, values: dict[str, Any], threads: int, pids: list[int] | None = None) -> Iterator[Document]:
+    """Run `noren serve` for the middle of a run document's model in a process of its own; yields the document.
+
+    Its process id is added to `pids`.
+    """
     keys = folder / "keys"
     ensure(keys, "server", "server")
     ensure(keys, "client", "client")
@@ -57,6 +60,8 @@ def server(folder: Path, values: dict[str, Any], threads: int) -> Iterator[Docum
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout is not None
+        if pids is not None:
+            pids.append(process.pid)
         port = json.loads(process.stdout.readline())["port"]
         yield Document.of(values | {"links": {"server": f"127.0.0.1:{port}"}}, folder)
     finally:

@@ -31,6 +31,8 @@ from noren.wire.seal import Seal, new_key
 from noren.wire.settings import Wire
 
 ALONE = [("grpc.use_local_subchannel_pool", 1)]
+LINES = 25
+"""Lines that one thread holds half open."""
 
 
 class Abuser:
@@ -92,7 +94,7 @@ class Abuser:
                     yield from frames
                     self.over.wait()
 
-                streams.append(channel.stream_stream(METHOD)(one(), metadata=((KEY_HEADER, key),)))
+                streams.append(channel.stream_stream(METHOD)(one(), metadata=((KEY_HEADER, key),), timeout=30))
             for stream in streams:
                 try:
                     for _ in stream:
@@ -107,14 +109,14 @@ class Abuser:
         self.outcomes[f"{what}: {name}"] += 1
 
     def half_open(self, number: int) -> None:
-        """Twenty-five connections: some say nothing, some half a greeting of TLS, some nothing once it is finished."""
+        """Many connections: some say nothing, some half a greeting of TLS, some nothing once it is finished."""
         host, _, port = self.address.rpartition(":")
         context = ssl.create_default_context(cafile=str(self.credentials.ca))
         context.load_cert_chain(self.credentials.certificate, self.credentials.key)
         context.set_alpn_protocols(["h2"])
         lines: list[socket.socket] = []
         with suppress(OSError):
-            for place in range(25):
+            for place in range(LINES):
                 line = socket.create_connection((host, int(port)), timeout=10)
                 if place % 3 == 1:
                     line.sendall(b"\x16\x03\x01\x02\x00\x01\x00")
@@ -191,9 +193,10 @@ def main() -> None:
     print("at work", flush=True)
     sys.stdin.read()
     abuser.over.set()
+    end = time.monotonic() + 5
     for thread in abuser.threads:
-        thread.join(5)
-    print(json.dumps(abuser.outcomes), flush=True)
+        thread.join(max(0.0, end - time.monotonic()))
+    print(json.dumps(dict(abuser.outcomes)), flush=True)  # of a copy: some may be at work still
     os._exit(0)
 
 

@@ -13,7 +13,7 @@ import copy
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -27,7 +27,7 @@ from noren.parties.server import SpanServer
 from noren.partition.stage import Stage
 from noren.types import Backward, Failure, Message, State, Welcome
 from noren.wire.envelope import reopen
-from noren.wire.journal import Draft, Journal, Record
+from noren.wire.journal import Change, Journal
 from step_tape import OWNER, PULL, RUN, TAPES, Bytes, Snapshot, Tape, as_bytes, ask, digest, tape
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -54,12 +54,10 @@ class BreakingJournal(Journal):
 
     crash = ""
 
-    def write(
-        self, run: str, puts: Mapping[str, Record | Draft], drop: Collection[str] = (), drop_all: bool = False
-    ) -> None:
+    def write_all(self, changes: Mapping[str, Change]) -> None:
         if self.crash == "before":
             raise Crash
-        super().write(run, puts, drop, drop_all)
+        super().write_all(changes)
         if self.crash == "after":
             raise Crash
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ import pytest
 import torch
 import zstandard
 
+from abuse_worker import LINES
 from conftest import U_SHAPED, credentials
 from noren.config import Document
 from noren.errors import Overloaded
@@ -47,6 +49,28 @@ FRAME = 4 << 20
 """Bytes that gRPC takes in one frame."""
 LIMITLESS = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
 WORKER = Path(__file__).with_name("abuse_worker.py")
+MOST_SECONDS = 30.0
+"""Nothing here waits longer for one thing that somebody else does."""
+WIRE = {"patience_seconds": 20.0, "deadline_seconds": MOST_SECONDS}
+pytestmark = pytest.mark.timeout(280)  # also where a run allows hours for each test
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for it."""
+    end = time.monotonic() + MOST_SECONDS
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.001)
+
+
+@contextmanager
+def holding() -> Iterator[threading.Event]:
+    """What jobs wait for: it is set at the end, whatever happens, and whoever made the jobs can wait for them."""
+    hold = threading.Event()
+    try:
+        yield hold
+    finally:
+        hold.set()
 
 
 @dataclass
@@ -92,11 +116,13 @@ class Served:
         pipe = subprocess.PIPE
         started = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=environment)
         self.abusers.append(started)
-        assert started.stdout is not None and started.stdout.readline() == "at work\n"
+        assert started.stdout is not None
+        assert select.select([started.stdout], [], [], MOST_SECONDS)[0], "the other client does not begin"
+        assert started.stdout.readline() == "at work\n"
         return started
 
     def end(self, abuser: subprocess.Popen[str]) -> dict[str, int]:
-        out, _ = abuser.communicate(timeout=30)
+        out, _ = abuser.communicate(timeout=MOST_SECONDS)
         return dict(json.loads(out))
 
 
@@ -110,7 +136,7 @@ def zygote() -> Iterator[Zygote]:
 def serving(zygote: Zygote, keys: Path, folder: Path, **serve: Any) -> Iterator[Served]:
     values: dict[str, Any] = {
         "model": "embedded", "plan": U_SHAPED, "keys": {"dir": str(keys)}, "doors": DOORS, "serve": SERVE | serve,
-        "wire": {"patience_seconds": 20.0},
+        "wire": WIRE,
     }  # fmt: skip
     (folder / "run.toml").write_text(Document.of(values, folder).to_toml())
     words = ["serve", "run.toml", "--party", "server", "--json", "--listen", "127.0.0.1:0"]
@@ -123,7 +149,7 @@ def serving(zygote: Zygote, keys: Path, folder: Path, **serve: Any) -> Iterator[
     finally:
         for abuser in served.abusers:
             abuser.kill()
-            abuser.wait()
+            abuser.communicate(timeout=MOST_SECONDS)
         client.close()
         child.terminate()
     assert child.wait(timeout=20) == 0
@@ -143,15 +169,19 @@ MODES = {
     "flood": (["flood=8", "too_large=2"], "too_large: OverBudget"),
     "all at once": (["flood=5", "hog=4", "too_large=2", "loris=20", "half_open=4"], "loris: Overloaded"),
 }
-SHORT: tuple[str, ...] = ()  # each takes a minute and more
-CASES = [pytest.param(mode, marks=[] if mode in SHORT else [pytest.mark.nightly]) for mode in MODES]
+SHORT = ("cache hog",)
+"""Tried in the normal lane too: one round each time, judged by medians. In full, a mode takes half a minute or more."""
+CASES = [pytest.param(mode, 3, 95, marks=pytest.mark.nightly, id=mode) for mode in MODES]
+CASES += [pytest.param(mode, 1, 50, id=f"{mode}, short") for mode in SHORT]
 MOST_RSS = 64 << 20
 """The server's memory may grow by so much: 16 connections of one client, their frames and its cache of 4 MiB."""
+LINE = 128 << 10
+"""And by so much for each line that has not shown a certificate: gRPC's buffers, and those of TLS."""
 
 
 @dataclass
 class Compared:
-    """95th percentiles of a token's seconds, medians of rounds: at the party that is abused, and at its quiet twin."""
+    """Percentiles of a token's seconds, medians of rounds: at the party that is abused, and at its quiet twin."""
 
     abused: float
     quiet: float
@@ -162,14 +192,15 @@ class Compared:
         return f"{self.abused * 1e3:.2f} ms ({self.quiet * 1e3:.2f} at its twin)"
 
 
-def compare(served: Served, twin: Served, rounds: int = 3) -> Compared:
+def compare(served: Served, twin: Served, rounds: int = 3, percentile: int = 95) -> Compared:
     """Ask both in turns, token by token: what else the machine does comes upon both."""
     found: list[tuple[float, float]] = []
     largest: list[float] = []
     for _ in range(rounds):
         pairs = [(served.send(number), twin.send(number)) for number in range(120)]
         largest += [twin.send(0, TOKENS) for _ in range(5)]
-        found.append(tuple(statistics.quantiles(side, n=20)[-1] for side in zip(*pairs, strict=True)))  # type: ignore[arg-type]
+        sides = zip(*pairs, strict=True)
+        found.append(tuple(statistics.quantiles(side, n=100)[percentile - 1] for side in sides))  # type: ignore[arg-type]
     abused, quiet = (statistics.median(side) for side in zip(*found, strict=True))
     return Compared(abused, quiet, statistics.median(largest))
 
@@ -180,27 +211,32 @@ def twin(zygote: Zygote, keys: Path, tmp_path_factory: pytest.TempPathFactory) -
         yield started
 
 
-@pytest.mark.parametrize("mode", CASES)
-def test_T23_abuse(served: Served, twin: Served, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "rounds", "percentile"), CASES)
+def test_T23_abuse(served: Served, twin: Served, mode: str, rounds: int, percentile: int) -> None:
     """An honest client's tokens take at most twice as long as in quiet, and the one largest job that is under way."""
     modes, sign = MODES[mode]
     compare(served, twin, 1)
     before = served.rss
     abuser = served.abuse(*modes)
-    first = compare(served, twin)
+    first = compare(served, twin, rounds, percentile)
     time.sleep(DOORS["hello_seconds"])  # longer than anyone may stand in the door
-    then, condition, top = compare(served, twin), served.condition(), served.rss
+    then, condition, top = compare(served, twin, rounds, percentile), served.condition(), served.rss
     outcomes = served.end(abuser)
     ended = time.monotonic()
-    while (after := compare(served, twin)).abused > 1.5 * after.quiet or served.condition().connections > 1:
-        assert time.monotonic() < ended + 10, f"{after}, {served.condition()}"
+    while True:
+        after = compare(served, twin, rounds, percentile)
+        if after.abused <= 1.5 * after.quiet and served.condition().connections == 1:
+            break
+        assert time.monotonic() < ended + 20, f"{after}, {served.condition()}"
     back = time.monotonic() - ended
+    lines = sum(LINES * int(word.removeprefix("half_open=")) for word in modes if word.startswith("half_open="))
     print(
-        f"{mode}: p95 {first}, {then}, a largest message {then.largest * 1e3:.2f} ms; {after} after {back:.1f} s; "
-        f"RSS +{(top - before) / 2**20:.0f} MiB; {condition.connections} connections; {outcomes}"
+        f"{mode}: p{percentile} {first}, {then}, a largest message {then.largest * 1e3:.2f} ms; "
+        f"{after} after {back:.1f} s; RSS +{(top - before) / 2**20:.0f} MiB; "
+        f"{condition.connections} connections; {outcomes}"
     )
     assert min(one.abused - one.largest - 2 * one.quiet for one in (first, then)) <= 0
-    assert top - before <= MOST_RSS and condition.cache_bytes <= 2 * SERVE["cache_bytes"]
+    assert top - before <= MOST_RSS + lines * LINE and condition.cache_bytes <= 2 * SERVE["cache_bytes"]
     assert condition.connections <= 17 and outcomes.get(sign, 0) > 0
     assert served.client.link.connections == 1
 
@@ -208,27 +244,25 @@ def test_T23_abuse(served: Served, twin: Served, mode: str) -> None:
 def test_T23_turns(llama_folder: Path) -> None:
     """Whoever asks for much does not make another wait for it: by the order of the jobs, whatever they take."""
     server = SpanServer(Stage.load(llama_folder, U_SHAPED, "server", "causal-lm"))
-    done, hold = list[str](), threading.Event()
+    done = list[str]()
 
     def job(name: str) -> None:
-        assert hold.wait(10)
+        hold.wait(MOST_SECONDS)
         time.sleep(0.002)
         done.append(name)
 
-    with ThreadPoolExecutor(44) as pool:
+    with ThreadPoolExecutor(44) as pool, holding() as hold:
         asked = [pool.submit(server.compute, partial(job, "much"), "much") for _ in range(40)]
-        while server.waiting < 40:
-            time.sleep(0.001)
+        until(lambda: server.waiting == 40)
         asked += [pool.submit(server.compute, partial(job, name), name) for name in ("little", "less")]
-        while server.waiting < 42:
-            time.sleep(0.001)
+        until(lambda: server.waiting == 42)
         hold.set()
         for one in asked:
-            one.result()
+            one.result(MOST_SECONDS)
         assert max(done.index("little"), done.index("less")) <= 3, done
         asked = [pool.submit(server.compute, partial(job, "much"), "much") for _ in range(2)]  # time is not saved up
         asked.append(pool.submit(server.compute, partial(job, "new"), "new"))
-        assert [one.result() for one in asked] == [None] * 3
+        assert [one.result(MOST_SECONDS) for one in asked] == [None] * 3
     server.close()
     print(
         f"of 42 jobs, one owner's 40 came first: the others' were done as numbers {done.index('little') + 1} "
@@ -261,9 +295,11 @@ def watched(served: Served) -> Iterator[list[int]]:
 
     looking = threading.Thread(target=look, daemon=True)
     looking.start()
-    yield growth
-    over.set()
-    looking.join()
+    try:
+        yield growth
+    finally:
+        over.set()
+        looking.join(MOST_SECONDS)
     served.decode()  # it is there still
 
 
@@ -327,19 +363,17 @@ def test_T7_bombs_in_the_codec(zygote: Zygote, keys: Path, tmp_path: Path) -> No
 def test_overload_says_when_to_come_back(llama_folder: Path, keys: Path) -> None:
     """More requests than may wait: the last is told so, waits as long as it was told, and succeeds by itself."""
     server = SpanServer(Stage.load(llama_folder, U_SHAPED, "server", "causal-lm"), limits=Limits(waiting=2))
-    hold = threading.Event()
     with GrpcServer("127.0.0.1:0", credentials(keys, "server"), server.connect) as listening:
         values = {"model": str(llama_folder), "plan": U_SHAPED, "keys": {"dir": str(keys)},
-                  "links": {"server": f"127.0.0.1:{listening.port}"}}  # fmt: skip
+                  "links": {"server": f"127.0.0.1:{listening.port}"}, "wire": WIRE}  # fmt: skip
         client = Client(Document.of(values, Path.cwd()))
         message = Message(
             Forward(session="", start=0, lengths=[3], padding="left"), {"hidden": torch.ones(3, client._width)}
         )
         expected = client.link(message).tensors["hidden"]
-        with ThreadPoolExecutor(3) as pool:
-            waiting = [pool.submit(server.compute, hold.wait) for _ in range(2)]
-            while server.waiting < 2:
-                time.sleep(0.001)
+        with ThreadPoolExecutor(3) as pool, holding() as hold:
+            waiting = [pool.submit(server.compute, partial(hold.wait, MOST_SECONDS)) for _ in range(2)]
+            until(lambda: server.waiting == 2)
             with pytest.raises(Overloaded, match="2 requests wait") as refused:
                 server.compute(lambda: None, "one")
             assert refused.value.retry_after > 0
@@ -354,16 +388,13 @@ def test_overload_says_when_to_come_back(llama_folder: Path, keys: Path) -> None
             assert torch.equal(late.result(timeout=30).tensors["hidden"], expected)
             seconds = time.monotonic() - began
             assert client.traffic.since(before).round_trips == 2, "once too early, and once when it was told to come"
-            assert seconds >= refused.value.retry_after and all(one.result() for one in waiting)
+            assert seconds >= refused.value.retry_after and all(one.result(MOST_SECONDS) for one in waiting)
         client.link.patience = 0.5  # and one that never gets its turn says so in the end
-        hold.clear()
-        with ThreadPoolExecutor(2) as pool:
-            waiting = [pool.submit(server.compute, hold.wait) for _ in range(2)]
-            while server.waiting < 2:
-                time.sleep(0.001)
+        with ThreadPoolExecutor(2) as pool, holding() as hold:
+            waiting = [pool.submit(server.compute, partial(hold.wait, MOST_SECONDS)) for _ in range(2)]
+            until(lambda: server.waiting == 2)
             with pytest.raises(Overloaded, match="requests wait at 'server'"):
                 client.link(message)
-            hold.set()
         client.close()
     server.close()
     print(f"told to come back in {refused.value.retry_after:g} s, answered after {seconds:.2f} s")

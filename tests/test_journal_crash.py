@@ -167,8 +167,8 @@ def random_kills(folder: Path, rounds: int) -> None:
         assert process.stdout is not None
         said = ""
         if rng.random() < 0.8:
-            said = process.stdout.readline()  # from now on it commits
-            time.sleep(rng.uniform(0, 0.06))
+            said = "".join(process.stdout.readline() for _ in range(rng.randint(1, 5)))  # so many commits, at least
+            time.sleep(rng.uniform(0, 0.02))
         else:
             time.sleep(rng.uniform(0.1, 0.4))  # while it starts, opens and recovers
         process.kill()

@@ -431,9 +431,13 @@ def test_a_port_that_speaks_something_else(keys: Path) -> None:
             except OSError:
                 pass
 
-        threading.Thread(target=answer, daemon=True).start()
+        answering = threading.Thread(target=answer, daemon=True)
+        answering.start()
         with pytest.raises(LinkError):
             line(keys, listening.getsockname()[1], first_seconds=1.0)(Message(Close()))
+        listening.shutdown(socket.SHUT_RDWR)  # to close it does not wake who waits in accept
+        answering.join(10)
+        assert not answering.is_alive()
 
 
 def test_the_line_survives_a_restart_on_the_same_port(keys: Path) -> None:

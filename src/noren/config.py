@@ -20,7 +20,7 @@ from noren.errors import ConfigError
 from noren.parties.server import Limits
 from noren.training.data import Data
 from noren.training.loop import Training
-from noren.types import Noise
+from noren.types import Noise, Together
 from noren.wire.settings import Doors, Wire
 
 Task = Literal["causal-lm", "sequence-classification", "question-answering"]
@@ -57,10 +57,16 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     doors: Doors = Doors()
     wire: Wire = Wire()
     noise: Noise = Noise()
+    together: Together = Together()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name):
             raise ValueError(f"name {self.name!r} must be 1 to 64 letters, digits, '.', '_' or '-'")
+        if self.together.mode == "client-batch" and self.training.accumulate > 1:
+            raise ValueError(
+                'training.accumulate must be 1 with together.mode = "client-batch": the clients\' batches are joined '
+                "instead"
+            )
         parties = {line.split()[0] for line in self.plan if line.split()}
         adapter = self.adapter or Lora()
         for where, named in (
@@ -160,6 +166,7 @@ def _fields(place: str) -> list[str]:
         "doors": Doors,
         "wire": Wire,
         "noise": Noise,
+        "together": Together,
     }.get(place)
     if owner is None:
         return []

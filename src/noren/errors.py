@@ -10,6 +10,7 @@
     └── PeerError            the peer answered, and the answer is no
         ├── HandshakeRefused the two sides were set up for different things
         ├── ProtocolError    bytes or fields that are not what the protocol says
+        ├── TooLate          the others of the group went on without this step; it is made again in the next
         ├── SessionLost      the peer no longer holds what a step builds on; the sender replays or restarts
         ├── OverBudget       the peer's limit of bytes, sessions or time was reached
         ├── Overloaded       the peer has too much to do at this moment; it says when to come back
@@ -67,6 +68,10 @@ class SessionLost(PeerError):
     """The peer no longer holds the state that this step builds on."""
 
 
+class TooLate(PeerError):
+    """Those who train together went on without this client's step; it counts if it is made again."""
+
+
 class OverBudget(PeerError):
     """A limit of the peer (bytes, sessions, time) was reached."""
 
@@ -92,6 +97,7 @@ WIRE_CODES: dict[str, type[PeerError]] = {
     "handshake": HandshakeRefused,
     "protocol": ProtocolError,
     "session-lost": SessionLost,
+    "too-late": TooLate,
     "over-budget": OverBudget,
     "overloaded": Overloaded,
     "denied": Denied,

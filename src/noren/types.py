@@ -28,7 +28,7 @@ Rows = Annotated[list[Count], msgspec.Meta(max_length=65_536)]
 """One number for each sequence of a batch."""
 Beta = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Amount = Annotated[float, msgspec.Meta(ge=0)]
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of the protocol; both ends must have the same."""
 
 Label = Annotated[str, msgspec.Meta(max_length=200)]
@@ -49,6 +49,24 @@ class Noise(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     scale: Amount = 0.0  # standard deviation of the noise on each coordinate; 0: none
 
 
+class Together(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the clients of a group train the layers that they do not hold (`[together]` in a run document).
+
+    "alone": each client for itself. "sequential": one after another, on one adapter that all share. "client-batch": on
+    one shared adapter, with what all have sent joined into one batch, each client's part weighted by its targets.
+    "server-hierarchical": each a replica of the adapter, and the replicas are averaged again and again.
+    """
+
+    mode: Literal["alone", "sequential", "client-batch", "server-hierarchical"] = "alone"
+    group: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "all"
+    clients: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1  # nobody begins before so many of the group are there
+    wait_seconds: Annotated[float, msgspec.Meta(ge=0.01, le=86_400)] = 30.0  # a slow client is waited for so long
+    clip: Amount = 1.0  # client-batch: most L2 norm of the joined gradient of the adapter; 0: no clipping
+    every: Annotated[int, msgspec.Meta(ge=1, le=1 << 30)] = 10  # server-hierarchical: steps between averages
+    weights: Literal["tokens", "samples"] = "tokens"  # server-hierarchical: what a replica's weight counts
+    ends: bool = False  # server-hierarchical: average the clients' own adapters too, which then leave them
+
+
 class Terms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What two parties agree on before a tensor crosses. A run's terms never change."""
 
@@ -63,6 +81,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     gradients: Label = "raw"  # codec of their gradients
     noise: Noise = Noise()  # what the client does to what it sends
     logs: Literal["metadata", "debug"] = "metadata"  # what a party may write down: never contents, unless "debug"
+    together: Together = Together()
 
 
 class Hello(Meta, frozen=True, kw_only=True, tag="hello"):
@@ -72,6 +91,7 @@ class Hello(Meta, frozen=True, kw_only=True, tag="hello"):
     run: Label  # names this client's adapters and optimiser at the server; unique within the owner
     terms: Terms
     resume: Label = ""  # `Welcome.incarnation` of the state to go on with; without it the run begins anew
+    own: dict[Label, list[Count]] = {}  # shapes of the client's own adapters, if `Average` is to carry them
 
 
 class Welcome(Meta, frozen=True, kw_only=True, tag="welcome"):
@@ -159,6 +179,7 @@ class Forward(Meta, frozen=True, kw_only=True, tag="forward"):
     update: Update | None = None
     ended: Annotated[list[Label], msgspec.Meta(max_length=4096)] = []  # sessions that the client no longer needs
     deltas: Deltas | None = None  # in training, under the codec "delta": what `hidden` is a difference from
+    weight: Amount = 0.0  # in training together: targets that the step's loss is a mean over; 0: count the real tokens
 
 
 class Hidden(Meta, frozen=True, kw_only=True, tag="hidden"):
@@ -190,6 +211,28 @@ class Step(Meta, frozen=True, kw_only=True, tag="step"):
     """An optimiser step on its own, when nothing else is about to be sent. Answer: `Done`."""
 
     update: Update
+
+
+class Enter(Meta, frozen=True, kw_only=True, tag="enter"):
+    """Take part in the group's training from now on. Answer: `Done`, once it is the client's turn.
+
+    Until then it is refused with `Failure.retry_after`: too few are there, or another one is at work.
+    """
+
+
+class Leave(Meta, frozen=True, kw_only=True, tag="leave"):
+    """Take no part any more: nobody waits for this client. Answer: `Done`."""
+
+
+class Average(Meta, frozen=True, kw_only=True, tag="average"):
+    """After `step` steps: average the replicas of all who take part. Tensors: the client's own adapters, if agreed.
+
+    Answer: `State` with the average of those, once all have asked or were waited for long enough.
+    """
+
+    step: Count
+    weight: Amount  # of this client's replica
+    update: Update | None = None  # the last step, if it was not sent yet
 
 
 class Pull(Meta, frozen=True, kw_only=True, tag="pull"):
@@ -231,8 +274,8 @@ class Failure(Meta, frozen=True, kw_only=True, tag="failure"):
 
 
 AnyMeta = (
-    Hello | Welcome | Status | Condition | Forward | Hidden | Backward | Gradient | Step | Pull | Push | State | Close
-    | Done | Failure
+    Hello | Welcome | Status | Condition | Forward | Hidden | Backward | Gradient | Step | Enter | Leave | Average
+    | Pull | Push | State | Close | Done | Failure
 )  # fmt: skip
 
 

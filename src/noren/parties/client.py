@@ -88,6 +88,7 @@ class Client:
         self.policy.check_run(self.part.plan, self.part.fingerprint, run.noise)
         self.journal, self._resume, self._insecure = journal, resume, insecure
         self._schema: Schema | None = None
+        self._own: dict[str, list[int]] = {}  # shapes of this party's own adapters, if they are to be averaged
         self._closed, self._lost = False, ""
         self._pushed: tuple[dict[str, Tensor], int] | None = None
         device = pick_device(run.device)
@@ -157,9 +158,9 @@ class Client:
                     fingerprint=self.part.fingerprint, plan=self.part.plan.lines(), task=run.task, dtype=run.dtype,
                     lora=self.lora.canonical() if self.lora else "", seed=run.seed,
                     activations=run.wire.activations, gradients=run.wire.gradients, noise=run.noise,
-                    delta_bytes=run.wire.delta_bytes if run.wire.activations == DELTA else 0,
+                    delta_bytes=run.wire.delta_bytes if run.wire.activations == DELTA else 0, together=run.together,
                 ),
-                resume=self._resume,
+                resume=self._resume, own=self._own,
             )
         )  # fmt: skip
 
@@ -180,7 +181,7 @@ class Client:
         schema = Schema(
             dtype=self.document.run.dtype, width=self._width, back=self._width if self.part.plan.u_shaped else None,
             activations=hello.terms.activations, gradients=hello.terms.gradients, adapter=welcome.adapter,
-            tokens=1 << 30,
+            tokens=1 << 30, own=self._own,
         )  # fmt: skip
         if self._schema is not None and schema != self._schema:
             raise HandshakeRefused(f"{self.link_name} now offers other adapters than before; start the run again")
@@ -197,7 +198,7 @@ class Client:
         return sum(math.prod(shape) for shape in self.welcome.adapter.values())
 
     def ask(self, message: Message) -> Message:
-        """The Handler of the client's model: the link, and what to do when a party beyond it lost the run's state."""
+        """The Handler of the client's model: the link, and what to do when a remote party lost the run's state."""
         if self._closed:
             raise ConfigError("this model was closed; load it again")
         if self._lost:
@@ -251,14 +252,26 @@ class Client:
         if self.trainable:
             self.span.train_remote()
             self.span.steps.applied = self.welcome.step
+        if run.together.ends:
+            self._own = {name: list(tensor.shape) for name, tensor in self.own_state().items()}
+            self._schema = None
+            self._enter(self._greet())
 
     def whole_name(self, name: str) -> str:
         """Translate a parameter name of the client's model to the whole model's name."""
         return whole_name(self.part.plan, name)
 
+    def own_state(self) -> dict[str, Tensor]:
+        """Return copies of the client's own adapters, under the whole model's names."""
+        return adapters.adapter_state(self.hf, ADAPTER, self.whole_name)
+
+    def set_own_state(self, tensors: dict[str, Tensor]) -> None:
+        """Set them."""
+        adapters.load_state(self.hf, ADAPTER, self.whole_name, tensors)
+
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapters of all parties, under the whole model's names."""
-        own = adapters.adapter_state(self.hf, ADAPTER, self.whole_name)
+        own = self.own_state()
         remote = self.pull(optimizer=False)
         if twice := own.keys() & remote.keys():
             raise ProtocolError(f"the peer answers for {min(twice)!r}, which is the client's own")

@@ -10,21 +10,25 @@ import msgspec
 import torch
 from torch import Tensor
 
-from noren.errors import HandshakeRefused, OverBudget, ProtocolError, SessionLost
+from noren.errors import HandshakeRefused, ProtocolError, SessionLost
 from noren.inference.sessions import Sessions
+from noren.parties.groups import group_of
 from noren.parties.runs import Run, onward_hello
-from noren.partition.stage import Frame, Stage
-from noren.training.passes import Passes
+from noren.parties.stepping import Host as Training
+from noren.parties.stepping import Stepping, marks
+from noren.partition.stage import Frame
 from noren.types import (
     PROTOCOL,
+    Average,
     Backward,
     Close,
     Condition,
     Done,
+    Enter,
     Forward,
-    Gradient,
     Hello,
     Hidden,
+    Leave,
     Message,
     Pull,
     Push,
@@ -32,7 +36,6 @@ from noren.types import (
     Status,
     Step,
     Terms,
-    Update,
     Welcome,
 )
 from noren.wire.envelope import Header
@@ -42,29 +45,20 @@ from noren.wire.schema import Schema, nothing_agreed
 T = TypeVar("T")
 
 
-class Host(Protocol):
+class Host(Training, Protocol):
     """What a connection needs of the party that it leads to (see server.SpanServer)."""
 
-    stage: Stage
-    passes: Passes
     sessions: Sessions
     limits: Any
-    steps: int
 
     def come(self) -> int:
         """Count a connection; returns its number."""
 
     def go(self) -> None:
-        """Count it off."""
-
-    def compute(self, work: Callable[[], T], owner: str = "") -> T:
-        """Run in the thread that computes, in the owner's turn."""
+        """Count a connection off."""
 
     def open_run(self, owner: str, hello: Hello, number: int) -> Run:
         """Open a run for the connection of that number; `release` it."""
-
-    def close_run(self, owner: str, name: str, *, forget: bool, run: Run | None) -> None:
-        """End a run, if it is this one."""
 
     def release(self, run: Run) -> None:
         """A connection has ended."""
@@ -84,6 +78,7 @@ class Connection:
         self._run: Run | None = None
         self._schema: Schema | None = None
         self._name = ""
+        self._stepping: Stepping | None = None
         self._gone = False
         self._door = threading.Lock()  # between the end of the connection and a hello under way
         self.codecs = ("raw", "raw")
@@ -111,20 +106,25 @@ class Connection:
             return self._hello(meta)
         if self._run is None:
             raise ProtocolError(f"{message.kind!r} before 'hello'")
-        run = self._run
+        run, stepping = self._run, self._stepping
+        assert stepping is not None
         with run.lock:
             if run.closed:
                 self._leave()
                 raise SessionLost("this run was closed by another connection of its owner")
             match meta:
                 case Forward(train=True):
-                    return self._train_forward(run, run.values(message, self._host.stage))
+                    return stepping.forward(run, run.values(message, self._host.stage))
                 case Forward():
                     return self._forward(run, meta, message)
                 case Backward():
-                    return self._backward(run, meta, message)
+                    return stepping.backward(run, message)
                 case Step():
-                    return self._step(run, meta.update)
+                    return stepping.step(run, meta.update)
+                case Enter() | Leave():
+                    return self._take_part(run, message)
+                case Average():
+                    return stepping.average(run, message)
                 case Pull():
                     return self._pull(run, message)
                 case Push():
@@ -158,6 +158,9 @@ class Connection:
         run = self._host.open_run(self._owner, hello, self._number)
         entered = False
         try:
+            if hello.own and hello.own != run.begun.hello.own:
+                run.begun = msgspec.structs.replace(run.begun, hello=hello)
+                run.ledger.begin(run.begun)
             incarnation = run.begun.incarnation
             if run.following is not None:
                 further = self._hello_beyond(run)
@@ -175,6 +178,7 @@ class Connection:
                 if self._gone:
                     raise ProtocolError("the connection ended during its hello")
                 self._run, self._name, entered = run, hello.run, True
+                self._stepping = Stepping(self._host, self._owner, hello.run)
                 self._schema = run.schema(self._host.stage, self._host.limits.tokens)
                 self.codecs = (hello.terms.activations, hello.terms.gradients)
         finally:
@@ -209,140 +213,47 @@ class Connection:
 
     def _forward(self, run: Run, meta: Forward, message: Message) -> Message:
         """Inference: a step of a session, or a pass without one."""
-        host, stage = self._host, self._host.stage
+        host, stage, stepping = self._host, self._host.stage, self._stepping
+        assert stepping is not None
         keep = meta.keep if run.following is None else 0
         frame = self._frame(run, meta, message, keep)
 
         def work() -> Tensor:
-            self._end(run, meta.ended)
+            host.end_sessions(self._owner, self._name, run, meta.ended)
             if meta.update is not None:
-                self._update(run, meta.update)
+                stepping.update(run, meta.update)
             run.trainer.use(dropout=False)
             if meta.session and stage.causal:
                 return host.sessions.step((self._owner, self._name, meta.session), frame, meta.start, meta.rows)
             with torch.inference_mode():
                 return stage(frame.padded(), frame.real, positions=frame.positions, keep=keep)
 
-        before = run.trainer.step
+        before = marks(run)
         try:
             out = self._compute(work)
         finally:
-            self._keep_step(run, before)
+            stepping.keep(run, before)
         if run.following is not None:
             return run.following(Message(meta, {"hidden": frame.packed(out)}))
         return _hidden(frame, out)
 
-    def _train_forward(self, run: Run, message: Message) -> Message:
-        """Training: answered once for its step and number; computed again if only its graph was lost."""
-        trainer, meta = run.trainer, message.meta
-        assert isinstance(meta, Forward)
-        known = run.ledger.answer(message)
-        if known is not None and (trainer.holds(meta.session) or run.ledger.answered(meta.session)):
-            return known
-        frame = self._frame(run, meta, message, 0)
-        before = trainer.step
-
-        def work() -> Tensor:
-            self._end(run, meta.ended)
-            if meta.update is not None and known is None:
-                self._update(run, meta.update)
-            run.ledger.check_step(meta.session, trainer.step)
-            return trainer.forward(meta.session, frame, dropout=meta.dropout)
-
-        try:
-            out = self._compute(work)
-            if run.following is not None:
-                onward = trainer.kept(meta.session).onward = Message(meta, {"hidden": out})
-                answer = run.following(onward)
-            else:
-                answer = Message(Hidden(per_sequence=self._host.passes.per_sequence), {"hidden": out})
-        except Exception:
-            self._keep_step(run, before)
-            raise
-        if known is not None:
-            return known
-        self._keep_step(run, before, message, answer)
-        return answer
-
-    def _backward(self, run: Run, meta: Backward, message: Message) -> Message:
-        if (known := run.ledger.answer(message)) is not None:
-            return known
-        run.ledger.check_step(meta.session, run.trainer.step)
-        gradient = message.tensors["gradient"].to(next(self._host.stage.model.parameters()).device)
-        run.trainer.kept(meta.session)
-        further = 0.0
+    def _take_part(self, run: Run, message: Message) -> Message:
+        """Take part in the group's training, or no more."""
+        group, member = group_of(run), f"{self._owner}/{self._name}"
+        if isinstance(message.meta, Enter):
+            group.enter(member)
+        else:
+            group.leave(member)
         if run.following is not None:
-            reply = self._backward_beyond(run, meta, message)
-            gradient, further = reply.tensors["gradient"].to(gradient.device), reply.meta.square_norm  # type: ignore[union-attr]
-
-        def work() -> tuple[Tensor, float, dict[str, Tensor]]:
-            if meta.discard:
-                run.trainer.discard()
-            out = run.trainer.backward(meta.session, gradient)
-            norm = run.trainer.square_norm() + further
-            return out, norm, run.trainer.gradients() if run.ledger.durable else {}
-
-        out, norm, gradients = self._compute(work)
-        answer = Message(Gradient(square_norm=norm), {"gradient": out})
-        self._keep_step(run, run.trainer.step, message, answer, gradients=gradients)
-        return answer
-
-    def _backward_beyond(self, run: Run, meta: Backward, message: Message) -> Message:
-        """Ask the next party; one that lost its graph is given this party's outputs again first."""
-        assert run.following is not None
-        try:
-            reply = run.following(message)
-        except SessionLost:
-            onward = run.trainer.kept(meta.session).onward
-            if onward is None:
-                raise
-            run.following(onward)
-            reply = run.following(message)
-        if not isinstance(reply.meta, Gradient):
-            raise ProtocolError("the next party answered a backward with something else")
-        return reply
-
-    def _step(self, run: Run, update: Update) -> Message:
-        before = run.trainer.step
-        self._compute(lambda: self._update(run, update))
-        self._keep_step(run, before)
-        if run.following is not None:
-            run.following(Message(Step(update=update)))
-        return Message(Done(step=update.step))
-
-    def _update(self, run: Run, update: Update) -> None:
-        before = run.trainer.step
-        run.trainer.update(update)
-        self._host.steps += run.trainer.step - before
-
-    def _keep_step(
-        self,
-        run: Run,
-        before: int,
-        request: Message | None = None,
-        answer: Message | None = None,
-        gradients: dict[str, Tensor] | None = None,
-    ) -> None:
-        """Keep what a request led to. If it cannot be kept, memory goes back to what was kept last."""
-        trainer, ledger = run.trainer, run.ledger
-        stepped = trainer.step != before
-        if not (stepped or answer is not None or gradients is not None):
-            return
-        try:
-            state = None
-            if stepped and ledger.durable:
-                state = self._host.compute(lambda: trainer.state(optimizer=True))  # in nobody's turn: not refused
-            ledger.keep(request, answer, step=trainer.step if stepped else None, state=state, gradients=gradients)
-        except Exception as error:
-            self._host.close_run(self._owner, self._name, forget=isinstance(error, OverBudget), run=run)
-            raise
+            run.following(message)
+        return Message(Done(step=run.trainer.step))
 
     def _pull(self, run: Run, message: Message) -> Message:
         assert isinstance(message.meta, Pull)
         optimizer = message.meta.optimizer
         tensors = self._compute(lambda: run.trainer.state(optimizer=optimizer))
         if run.following is not None:
-            tensors |= run.following(message).tensors
+            tensors |= dict(run.following(message).tensors)
         return Message(State(step=run.trainer.step), tensors)
 
     def _push(self, run: Run, meta: Push, message: Message) -> Message:
@@ -365,16 +276,12 @@ class Connection:
         if run.following is not None:
             run.following(message)
         if meta.session is not None:
-            self._compute(lambda: self._end(run, [str(meta.session)]))
+            ended = [str(meta.session)]
+            self._compute(lambda: self._host.end_sessions(self._owner, self._name, run, ended))
         else:
             self._host.close_run(self._owner, self._name, forget=True, run=run)
             self._run = self._schema = None
         return Message(Done(step=run.trainer.step))
-
-    def _end(self, run: Run, ended: list[str]) -> None:
-        for session in ended:
-            self._host.sessions.end(self._owner, self._name, session)
-            run.trainer.forget(session)
 
 
 def _hidden(frame: Frame, out: Tensor) -> Message:

@@ -15,6 +15,7 @@ import re
 import struct
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import msgspec
@@ -23,9 +24,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from noren.errors import OverBudget, ProtocolError, SessionLost
-from noren.types import Backward, Forward, Hello, Message
+from noren.types import Average, Backward, Forward, Hello, Message
 from noren.wire.envelope import Packed, pack, reopen
-from noren.wire.journal import Body, Draft, Journal, Record
+from noren.wire.journal import Body, Change, Draft, Journal, Record
 
 LENGTH = struct.Struct("<I")
 SESSION = re.compile(r"(\d{1,12})\.(\d{1,9})")
@@ -53,6 +54,7 @@ class Saved:
     step: int
     state: dict[str, Tensor]  # adapter and moments, see SpanTrainer.state
     gradients: dict[str, Tensor]
+    about: bytes = b"{}"  # the gradients, in words
 
 
 def session_of(session: str) -> tuple[int, int]:
@@ -65,6 +67,8 @@ def session_of(session: str) -> tuple[int, int]:
 
 def key_of(message: Message) -> str:
     """Return the name under which a training request counts once."""
+    if isinstance(message.meta, Average):
+        return f"answer/average.{message.meta.step}"
     assert isinstance(message.meta, Forward | Backward)
     return f"answer/{message.meta.session}/{message.kind}"
 
@@ -102,11 +106,12 @@ class Ledger:
             msgspec.json.decode(state.words, type=_Step).step if state else 0,
             load_tensors(bytes(state.body or b"")) if state and state.body else {},
             load_tensors(bytes(gradients.body or b"")) if gradients and gradients.body else {},
+            gradients.words if gradients else b"{}",
         )
 
     def begin(self, begun: Begun) -> None:
         """Keep how the run began."""
-        self._write({"run": Draft(msgspec.json.encode(begun), None)})
+        keep_all([(self, Change({"run": Draft(msgspec.json.encode(begun), None)}))])
 
     def answer(self, request: Message) -> Message | None:
         """Return what was answered to the same request before, None if it is new.
@@ -117,8 +122,9 @@ class Ledger:
         if found is None:
             return None
         if found.words != digest_of(request):
+            step = getattr(request.meta, "session", "") or getattr(request.meta, "step", "")
             raise ProtocolError(
-                f"a {request.kind!r} of step {request.meta.session} was answered already, and this is another one; "  # type: ignore[union-attr]
+                f"a {request.kind!r} of step {step} was answered already, and this is another one; "
                 "a step is sent again exactly as it was, or the run is resumed from its last checkpoint"
             )
         body = bytes(found.body or b"")
@@ -151,18 +157,31 @@ class Ledger:
 
         `step`: an optimiser step was applied, which gave `state`; what was kept for the steps before is dropped.
         """
+        keep_all([(self, self.change(request, answer, step=step, state=state, gradients=gradients))])
+
+    def change(
+        self,
+        request: Message | None = None,
+        answer: Message | None = None,
+        *,
+        step: int | None = None,
+        state: Mapping[str, Tensor] | None = None,
+        gradients: Mapping[str, Tensor] | None = None,
+        about: bytes = b"{}",
+    ) -> Change:
+        """Return what `keep` would write, for `keep_all`."""
         puts: dict[str, Draft] = {}
         drop: list[str] = []
         if step is not None:
             puts["state"] = Draft(msgspec.json.encode(_Step(step=step)), save_tensors(dict(state or {})))
             drop = [key for key in self._keys() if key == "gradients" or key.startswith("answer/")]
         if gradients is not None:
-            puts["gradients"] = Draft(b"{}", save_tensors(dict(gradients)))
+            puts["gradients"] = Draft(about, save_tensors(dict(gradients)))
         if request is not None and answer is not None:
             packed: Packed = pack(answer)
             body = [memoryview(LENGTH.pack(len(packed.header))), memoryview(packed.header), *packed.bodies]
             puts[key_of(request)] = Draft(digest_of(request), body)
-        self._write(puts, [key for key in drop if key not in puts])
+        return Change(puts, [key for key in drop if key not in puts])
 
     def end(self, *, forget: bool) -> None:
         """Take no more: what a request leads to that is under way still must not come into a later run's record.
@@ -186,32 +205,44 @@ class Ledger:
     def _read(self, key: str) -> Record | None:
         return self._memory.get(key) if self._journal is None else self._journal.read(self._run, key)
 
-    def _write(self, puts: dict[str, Draft], drop: Sequence[str] = ()) -> None:
-        with self._lock:
-            if self._over:
-                raise SessionLost("this run was closed by another connection of its owner")
-            self._put(puts, drop)
-
-    def _put(self, puts: dict[str, Draft], drop: Sequence[str]) -> None:
-        if self._journal is not None:
-            owner = self._run.partition("/")[0]
-            coming = sum(_size(draft.body) for draft in puts.values())
-            if self._most and (used := self._journal.used_by(f"{owner}/")) + coming > self._most:
-                raise OverBudget(
-                    f"the journal holds {used} bytes for {owner!r}, and the limit for one owner is {self._most}; close "
-                    "runs that are over"
-                )
-            self._journal.write(self._run, puts, drop=drop)
+    def _check(self, change: Change) -> None:
+        """Raise SessionLost if the run is over, or OverBudget if its owner would hold too much."""
+        if self._over:
+            raise SessionLost("this run was closed by another connection of its owner")
+        if self._journal is None or not self._most:
             return
-        for key in drop:
+        owner, coming = self._run.partition("/")[0], sum(_size(draft.body) for draft in change.puts.values())
+        if (used := self._journal.used_by(f"{owner}/")) + coming > self._most:
+            raise OverBudget(
+                f"the journal holds {used} bytes for {owner!r}, and the limit for one owner is {self._most}; close "
+                "runs that are over"
+            )
+
+    def _remember(self, change: Change) -> None:
+        """Without a journal: keep it in memory, as long as there is room."""
+        for key in change.drop:
             self._memory.pop(key, None)
-        for key, draft in puts.items():
+        for key, draft in change.puts.items():
             body = draft.body
             self._memory[key] = Record(draft.words, b"".join(body) if isinstance(body, list) else bytes(body or b""))
         answers = [key for key in self._memory if key.startswith("answer/")]
         held = sum(len(self._memory[key].body or b"") for key in answers)
         while answers[2:] and (len(answers) > MEMORY_ANSWERS or held > MEMORY_BYTES):
             held -= len(self._memory.pop(answers.pop(0)).body or b"")
+
+
+def keep_all(changes: Sequence[tuple[Ledger, Change]]) -> None:
+    """Change some runs' records in one transaction: all of them, or on any error none. They share a journal."""
+    with ExitStack() as held:
+        for ledger, _ in changes:
+            held.enter_context(ledger._lock)
+        for ledger, change in changes:
+            ledger._check(change)
+        if changes and (journal := changes[0][0]._journal) is not None:
+            journal.write_all({ledger._run: change for ledger, change in changes})
+            return
+        for ledger, change in changes:
+            ledger._remember(change)
 
 
 def _size(body: Body | None) -> int:

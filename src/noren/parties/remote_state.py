@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import Protocol
 
 import msgspec
 from torch import Tensor
 
+from noren.config import Document
+from noren.errors import Overloaded, ProtocolError
 from noren.partition.remote import RemoteSpan
 from noren.privacy.release import Releases
 from noren.training.loop import Remote
-from noren.types import Update, Welcome
+from noren.types import Average, Enter, Handler, Leave, Message, State, Together, Update, Welcome
+
+log = logging.getLogger("noren.client")
 
 
 class Client(Protocol):
@@ -19,11 +25,22 @@ class Client(Protocol):
     span: RemoteSpan
     releases: Releases
     welcome: Welcome
+    document: Document
+
+    @property
+    def link(self) -> Handler:
+        """The line to the first remote party."""
 
     def pull(self, *, optimizer: bool) -> dict[str, Tensor]:
         """Return the remote adapters, and moments."""
 
     def push(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Set them."""
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Return the client's own adapters."""
+
+    def set_own_state(self, tensors: dict[str, Tensor]) -> None:
         """Set them."""
 
 
@@ -45,9 +62,47 @@ class RemoteState(Remote):
         """Send a step that waits."""
         self._client.span.flush()
 
-    def samples(self, numbers: list[int]) -> None:
-        """Say which rows the next forward pass is of."""
-        self._client.releases.samples = numbers
+    def batch(self, numbers: list[int] | None, targets: int) -> None:
+        """Say which rows the next forward pass is of, and how many targets the step's loss is a mean over."""
+        if numbers is not None:
+            self._client.releases.samples = numbers
+        self._client.span.targets = targets if self._together.mode == "client-batch" else 0
+
+    @property
+    def _together(self) -> Together:
+        return self._client.document.run.together
+
+    def enter(self) -> None:
+        """Take part in the group's training: waits until it is this client's turn."""
+        while self._together.mode != "alone":
+            try:
+                self._client.link(Message(Enter()))
+                return
+            except Overloaded as error:
+                log.info("waiting for the group: %s", error)
+                time.sleep(error.retry_after)
+
+    def leave(self) -> None:
+        """Take no part any more."""
+        if self._together.mode != "alone":
+            self._client.link(Message(Leave()))
+
+    def averages_after(self, step: int) -> bool:
+        """Whether the replicas are averaged after that step."""
+        return self._together.mode == "server-hierarchical" and step % self._together.every == 0
+
+    def average(self, step: int, tokens: int, samples: int) -> None:
+        """Average this client's replica with those of the group, weighted by what it learned from since the last."""
+        client, ends = self._client, self._together.ends
+        update = client.span.steps.pending
+        weight = tokens if self._together.weights == "tokens" else samples
+        meta = Average(step=step, weight=weight, update=update)
+        reply = client.link(Message(meta, client.own_state() if ends else {}))
+        if not isinstance(reply.meta, State):
+            raise ProtocolError(f"the peer answered an average with {reply.kind!r}")
+        client.span.steps.sent(update)
+        if ends:
+            client.set_own_state(dict(reply.tensors))
 
     def position(self) -> bytes:
         """Return where the run stands."""

@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import msgspec
 import torch
@@ -14,12 +14,16 @@ import torch
 from noren.errors import HandshakeRefused, SessionLost
 from noren.parties.ledger import Begun, Ledger
 from noren.partition.stage import Stage
+from noren.training.share import Share
 from noren.training.span_trainer import SpanTrainer
 from noren.types import Forward, Handler, Hello, Message, Terms, Welcome
 from noren.wire.codecs.delta import DeltaReceiver
 from noren.wire.envelope import Expect
 from noren.wire.grpc_link import any_answer
 from noren.wire.schema import Schema
+
+if TYPE_CHECKING:
+    from noren.parties.groups import Group
 
 
 @runtime_checkable
@@ -43,7 +47,7 @@ Following = Callable[[Greet, Greeted, Callable[[Message], Expect]], Handler]
 class Run:
     """One client's run here: its adapter and optimiser, its ledger, its line to the next party, its connections."""
 
-    trainer: SpanTrainer
+    trainer: SpanTrainer | Share
     ledger: Ledger
     begun: Begun
     opener: int = 0  # number of the latest connection that has opened it
@@ -52,6 +56,7 @@ class Run:
     connections: int = 0
     left: float = 0.0
     closed: bool = False
+    group: Group | None = None  # with whom it trains
     deltas: DeltaReceiver | None = None  # what this party holds of the client's samples, under "delta"
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -86,7 +91,7 @@ class Run:
         back = None if stage.plan.holds_head(stage.plan.remote[-1].party) else stage.hidden_size
         return Schema(
             dtype=dtype_name(stage.dtype), width=stage.hidden_size, back=back, activations=terms.activations,
-            gradients=terms.gradients, adapter=adapter, tokens=tokens,
+            gradients=terms.gradients, adapter=adapter, tokens=tokens, own=self.begun.hello.own,
         )  # fmt: skip
 
 

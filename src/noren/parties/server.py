@@ -12,9 +12,10 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -26,11 +27,13 @@ from noren.inference.sessions import Sessions
 from noren.metrics import current_memory
 from noren.parties.alone import Alone
 from noren.parties.connection import Connection
+from noren.parties.groups import Group, Groups
 from noren.parties.ledger import Begun, Ledger
 from noren.parties.runs import Following, Onward, Run, continues, dtype_name, label_of, onward_hello, same_state
 from noren.parties.turns import Turns
 from noren.partition.stage import Stage
 from noren.training.passes import Passes
+from noren.training.share import Share
 from noren.training.span_trainer import SpanTrainer
 from noren.types import PROTOCOL, Condition, Hello, Terms
 from noren.wire.codecs import CODECS
@@ -47,6 +50,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     cache_bytes: int = 2 << 30  # keys and values of all its sessions
     graph_bytes: int = 4 << 30  # activations kept for backward passes, of all runs; beyond it, computed again
     tokens: int = 65_536  # in one message
+    joined_tokens: int = 16_384  # of clients that train together, computed at once
     delta_bytes: int = 256 << 20  # samples held for a run under the codec "delta"; one that asks for more is refused
     runs: int = 4  # adapters held at once
     waiting: int = 64  # requests of all clients that may wait to be computed; more are told when to come back
@@ -90,7 +94,8 @@ class SpanServer:
         self.lock = threading.Lock()  # of the table of runs; never held for long
         self._opening = Alone()  # a run is opened by one at a time, and nobody waits who wants another
         self._coming: set[tuple[str, str]] = set()  # runs that are being made
-        self.passes = Passes(stage, self.limits.graph_bytes)
+        self.groups = Groups(self.trainer_of, self.compute, journal)
+        self.passes = Passes(stage, self.limits.graph_bytes, self.limits.joined_tokens)
         self.following, self._journal, self._clock = following, journal, clock
         self.runs: dict[tuple[str, str], Run] = {}
         self.connections = self.steps = 0  # open now; optimiser steps since the process began
@@ -123,12 +128,22 @@ class SpanServer:
         One thread: adapters are switched in a shared stage, and freed activations of one step are used again by the
         next. Raises Overloaded if too much waits already.
         """
+        with self._counted(owner):
+            return self._computer.submit(owner, partial(_without_gradients, work)).result()
+
+    def compute_together(self, kind: Hashable, item: Any, work: Callable[[list[Any]], list[T]], owner: str) -> T:
+        """Run `work` as `compute` does, for `item` and those that others of the same kind wait with."""
+        with self._counted(owner):
+            return self._computer.together(owner, kind, item, partial(_without_gradients, work)).result()
+
+    @contextmanager
+    def _counted(self, owner: str) -> Iterator[None]:
         with self._count:
             if owner and self._waiting >= self.limits.waiting:  # the party's own work is never refused
                 raise Overloaded(f"{self._waiting} requests wait at {self.stage.party!r} already", 1.0)
             self._waiting += 1
         try:
-            return self._computer.submit(owner, partial(_without_gradients, work)).result()
+            yield
         finally:
             with self._count:
                 self._waiting -= 1
@@ -214,12 +229,12 @@ class SpanServer:
         if saved is not None and not continues(hello, saved.begun):
             ledger.forget()
             saved = None
-        lora = self.lora if hello.terms.lora else None
-        name, seed = f"run{next(self._numbers)}", hello.terms.seed
+        group = self.groups.enter(hello.terms) if hello.terms.together.mode != "alone" else None
         try:
-            trainer = self.compute(lambda: SpanTrainer(self.passes, lora, name, seed), owner)
-        except ConfigError as error:
-            raise HandshakeRefused(f"{self.stage.party!r} cannot make this adapter: {error}") from error
+            trainer = self.trainer_of(label_of(owner, hello.run), hello.terms, group)
+        except BaseException:
+            self.groups.leave(group, forget=False)
+            raise
         try:
             if saved is None:
                 begun = Begun(hello=hello, incarnation=uuid.uuid4().hex)
@@ -229,13 +244,33 @@ class SpanServer:
                 self.compute(lambda: trainer.restore(saved.state, saved.gradients, saved.step))
         except BaseException:
             self.compute(trainer.close)
+            self.groups.leave(group, forget=False)
             raise
-        run = Run(trainer, ledger, begun, opener=number, connections=1, left=self._clock())
+        run = Run(trainer, ledger, begun, opener=number, connections=1, left=self._clock(), group=group)
+        if group is not None:
+            group.join(label_of(owner, hello.run), run)
         if self.following is not None:
             run.following = self.following(
                 lambda: onward_hello(owner, run), same_state(run), lambda asked: run.onward_schema(self.stage, asked)
             )
         return run
+
+    def trainer_of(self, name: str, terms: Terms, group: Group | None = None) -> SpanTrainer | Share:
+        """Return a trainer for a run: of an adapter of its own, or its share in that of its group."""
+        if group is not None and group.body is not None:
+            joint = group.joint if group.together.mode == "client-batch" else None
+            return joint.share(name) if joint is not None else Share(group.body, name)
+        lora, adapter = self.lora if terms.lora else None, f"run{next(self._numbers)}"
+        try:
+            return self.compute(lambda: SpanTrainer(self.passes, lora, adapter, terms.seed))
+        except ConfigError as error:
+            raise HandshakeRefused(f"{self.stage.party!r} cannot make this adapter: {error}") from error
+
+    def end_sessions(self, owner: str, name: str, run: Run, ended: list[str]) -> None:
+        """Forget sessions, and what they keep for a backward pass."""
+        for session in ended:
+            self.sessions.end(owner, name, session)
+            run.trainer.forget(session)
 
     def close_run(self, owner: str, name: str, *, forget: bool, run: Run | None = None) -> None:
         """End a run and all that memory holds for it; with `forget`, what the journal holds too.
@@ -256,6 +291,9 @@ class SpanServer:
         self.compute(run.trainer.close)
         self.compute(partial(self.sessions.end, *key))
         run.ledger.end(forget=forget)
+        if run.group is not None:
+            run.group.part(label_of(*key))
+            self.groups.leave(run.group, forget=forget)
         if isinstance(run.following, Onward):
             run.following.close()
 
@@ -303,6 +341,6 @@ class SpanServer:
                 )
 
 
-def _without_gradients(work: Callable[[], T]) -> T:
+def _without_gradients(work: Callable[..., T], *given: Any) -> T:
     with torch.no_grad():
-        return work()
+        return work(*given)

@@ -159,6 +159,7 @@ class RemoteSpan(nn.Module):
         self.replays = 0
         self.ended: list[str] = []
         self.graphs: dict[str, int] = {}  # training sessions whose graph the client still has
+        self.targets = 0  # that the step's loss is a mean over, if whoever trains says so
         self._left: Tensor | None = None  # what the last training pass sent, packed
         self._per_token = True
         self.register_parameter("lora_remote", None)
@@ -341,7 +342,7 @@ class _Crossing(torch.autograd.Function):
         span.graphs[session] = id(ctx.graph)
         weakref.finalize(ctx.graph, span.graph_gone, session, id(ctx.graph))
         ctx.shape, ctx.dtype = tuple(packed.shape), packed.dtype
-        more = {"positions": positions, "train": True, "dropout": span.training}
+        more = {"positions": positions, "train": True, "dropout": span.training, "weight": float(span.targets)}
         ctx.sent = span.release(span._forward_message(packed, real, session, 0, **more))
         span._left = ctx.sent.tensors["hidden"]
         return span._send(ctx.sent, len(packed))

@@ -7,6 +7,7 @@ the optimiser's own doing (partition.steps).
 from __future__ import annotations
 
 import json
+import logging
 import math
 import signal
 import threading
@@ -23,9 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from noren.adapters.checkpoint import replacing, settle
-from noren.errors import ConfigError, ModelError
+from noren.errors import ConfigError, ModelError, TooLate
 from noren.training.batches import IGNORED, Row, batches, collate
 from noren.training.journal import Kept, StepJournal
+
+TOO_OFTEN = 5
+log = logging.getLogger("noren.training")
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,8 +101,21 @@ class Remote:
     def flush(self) -> None:
         """Send a step that waits."""
 
-    def samples(self, numbers: list[int]) -> None:
-        """Say which rows the next forward pass is of, by their place in the data."""
+    def batch(self, numbers: list[int] | None, targets: int) -> None:
+        """Say which rows the next forward pass is of, by their place in the data, and the targets of the whole step."""
+
+    def enter(self) -> None:
+        """Take part in the training of a group, once it is this client's turn."""
+
+    def leave(self) -> None:
+        """Take no part any more."""
+
+    def averages_after(self, step: int) -> bool:
+        """Whether what the group's clients have learned is averaged after that step."""
+        return False
+
+    def average(self, step: int, tokens: int, samples: int) -> None:
+        """Average it, weighted by what this client learned from since the last time."""
 
     def position(self) -> bytes:
         """Return where the run stands at the remote parties, for `go_on`."""
@@ -144,6 +161,7 @@ class Trainer:
         self.optimizer = self._make_optimizer()
         self.schedule = self._make_schedule()
         self.outcome = Outcome()
+        self._averaged, self._since = 0, (0, 0)  # step of the last average; tokens and samples since
         self._stop = threading.Event()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -169,14 +187,18 @@ class Trainer:
             self._note()
         plan = self._plan()
         with _interrupts(self._stop):
+            self._remote.enter()
+            self._average()  # if the run was ended just before it
             for numbers in plan:
                 started = time.perf_counter()
-                loss, norm, tokens = self.step([[self.rows[i] for i in batch] for batch in numbers], numbers)
+                loss, norm, tokens = self._made([[self.rows[i] for i in batch] for batch in numbers], numbers)
                 done = self.outcome
                 done.losses.append(loss)
                 done.step += 1
+                self._since = (self._since[0] + tokens, self._since[1] + sum(map(len, numbers)))
                 self._report(Progress(done.step, self.steps, loss, norm, tokens, time.perf_counter() - started))
                 self._note()
+                self._average()
                 s = self.settings
                 if s.evaluate_every and done.step % s.evaluate_every == 0 and done.step < self.steps:
                     self.evaluate()
@@ -187,10 +209,28 @@ class Trainer:
                     self.save()
             self._remote.flush()
             self._note()
+            self._remote.leave()
             if not self.outcome.interrupted:
                 self.evaluate()
             self.save()
         return self.outcome
+
+    def _made(self, batch: list[list[Row]], numbers: list[list[int]]) -> tuple[float, float, int]:
+        """Make a step; again, if the group went on without it."""
+        for _ in range(TOO_OFTEN):
+            try:
+                return self.step(batch, numbers)
+            except TooLate as error:
+                log.warning("%s", error)
+        return self.step(batch, numbers)
+
+    def _average(self) -> None:
+        """Average with the group, if that is due and was not done."""
+        step = self.outcome.step
+        if step and self._averaged != step and self._remote.averages_after(step):
+            self._remote.average(step, *self._since)
+            self._averaged, self._since = step, (0, 0)
+            self._note()
 
     def step(self, batch: list[list[Row]], numbers: list[list[int]] | None = None) -> tuple[float, float, int]:
         """One optimiser step on some batches of rows: returns (loss, gradient norm before clipping, real tokens).
@@ -202,8 +242,7 @@ class Trainer:
         counts = [sum(_targets(row) for row in rows) for rows in batch]
         loss = 0.0
         for i, (rows, count) in enumerate(zip(batch, counts, strict=True)):
-            if numbers is not None:
-                self._remote.samples(numbers[i])
+            self._remote.batch(numbers[i] if numbers is not None else None, sum(counts))
             share = self.loss(rows) * (count / max(sum(counts), 1))
             share.backward()
             loss += float(share.detach())
@@ -306,6 +345,8 @@ class Trainer:
             "step": done.step,
             "steps": self.steps,
             "schedule": self.schedule.state_dict(),
+            "averaged": self._averaged,
+            "since": list(self._since),
             "evaluations": {str(k): v for k, v in done.evaluations.items()},
         }
 
@@ -329,6 +370,7 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
         torch.set_rng_state(tensors["random"])
+        self._averaged, self._since = words.get("averaged", 0), tuple(words.get("since", (0, 0)))
         evaluations = {int(k): v for k, v in words["evaluations"].items()}
         self.outcome = Outcome(tensors["losses"].tolist(), evaluations, words["step"])
 

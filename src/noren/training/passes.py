@@ -1,8 +1,8 @@
 """Forward passes that wait for their backward pass, of all runs of a party: kept within one budget, or computed again.
 
-A pass's packed input is always kept. Its activations are kept while they fit into the budget; else the pass is computed
-again when its gradient comes: as a whole if there is room by then, or block by block (gradient checkpointing, Chen et
-al. 2016, arXiv 1604.06174). Both give the same numbers as activations that were kept.
+A pass's packed input is always kept. Its activations are kept while they fit into the budget; or else what enters each
+block, from which the block is computed again in the backward pass (gradient checkpointing, Chen et al. 2016, arXiv
+1604.06174); or else nothing, and the whole pass is computed again when its gradient comes. All give the same numbers.
 
 Passes of several runs may be computed together, with each row under its own run's adapter: they must be of the same
 width, so that nobody pays for another's padding, and without dropout, which draws from each run's own seed.
@@ -10,11 +10,11 @@ width, so that nobody pays for another's padding, and without dropout, which dra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class Pass:
     session: str
     frame: Frame
     dropout: bool
+    targets: float = 0.0  # that the client's loss is a mean over, in training together
     onward: Message | None = None  # what was sent to the next party, which may lose its own part
     graph: _Graph | None = field(default=None, repr=False)
     shape: tuple[int, ...] = ()  # of the packed output
@@ -68,6 +69,10 @@ class _Graph:
     nbytes: int
 
 
+HOW = ("whole", "by block")
+"""What is kept of a pass."""
+
+
 class Passes:
     """The passes of one stage. All methods are called in the one thread that computes.
 
@@ -76,11 +81,12 @@ class Passes:
 
     def __init__(self, stage: Stage, most: int, joined: int = 1 << 14) -> None:
         self.stage, self.most, self.joined = stage, most, joined
-        self.again = 0  # passes that were computed a second time
+        self.again = 0  # passes that were computed a second time as a whole
+        self.by_block = 0  # passes that kept no more than what entered each block
         self.together = 0  # passes that were computed with others
         self.per_sequence = False  # whether the stage's head gives one row a sequence
         self._graphs: list[_Graph] = []
-        self._per_token = 0.0  # bytes of activations, the most seen
+        self._per_token = dict.fromkeys(HOW, 0.0)  # bytes that a token keeps alive, the most seen
 
     @property
     def nbytes(self) -> int:
@@ -138,6 +144,8 @@ class Passes:
 
     def _split(self, passes: Sequence[Pass]) -> list[list[Pass]]:
         """Sort passes into those that can be computed together."""
+        least = self._per_token["by block"] or self._per_token["whole"]
+        most = min(self.joined, self.most / least) if least else self.joined
         out: list[list[Pass]] = []
         like: list[tuple[object, ...]] = []
         for one in passes:
@@ -145,7 +153,7 @@ class Passes:
             alone = id(one) if one.dropout and self._draws() else None
             key = (frame.real.shape[1], frame.padding, frame.positions, one.dropout, alone)
             for place, some in zip(like, out, strict=True):
-                if place == key and sum(len(o.frame.hidden) for o in some) + len(frame.hidden) <= self.joined:
+                if place == key and sum(len(o.frame.hidden) for o in some) + len(frame.hidden) <= most:
                     some.append(one)
                     break
             else:
@@ -178,49 +186,48 @@ class Passes:
     def _keep(self, passes: list[Pass]) -> Tensor:
         """Compute passes, and keep their activations if they fit into what is left of the budget."""
         self.together += len(passes) if len(passes) > 1 else 0
-        tokens, room = sum(len(one.frame.hidden) for one in passes), self.most - self.nbytes
-        if self._per_token * tokens <= room:
-            try:
-                graph = self._compute(passes, room)
-            except _TooMuch:
-                pass
-            else:
-                self._remember(graph)
-                self._graphs.append(graph)
-                return graph.outputs
+        if (graph := self._compute(passes, self.most - self.nbytes)) is not None:
+            for one in passes:
+                one.graph = graph
+            self._graphs.append(graph)
+            return graph.outputs
         self._act(passes)
         with self._random(passes), torch.no_grad():
             return self._run(_joint(passes))
 
-    def _compute(self, passes: list[Pass], room: float) -> _Graph:
-        """Compute passes with all of their activations. Raises _TooMuch if these are more than `room` bytes."""
+    def _compute(self, passes: list[Pass], room: float) -> _Graph | None:
+        """Compute passes, and keep of them what fits into so many bytes. Returns None if nothing does."""
+        tokens = sum(len(one.frame.hidden) for one in passes)
+        for how in HOW:
+            if self._per_token[how] * tokens > room:
+                continue
+            try:
+                graph = self._try(passes, room, how)
+            except _TooMuch:
+                self._per_token[how] = max(self._per_token[how], 1.01 * room / tokens)
+            else:
+                self._per_token[how] = max(self._per_token[how], graph.nbytes / tokens)
+                self.by_block += len(passes) if how != HOW[0] else 0
+                return graph
+        return None
+
+    def _try(self, passes: list[Pass], room: float, how: str) -> _Graph:
+        """Compute passes with what their gradient needs. Raises _TooMuch if that is more than `room` bytes."""
         self._act(passes)
         frame = _joint(passes)
         frame.hidden = frame.hidden.detach().requires_grad_()
         count = _SavedBytes(self.stage, room)
+        blocks = _block_by_block(self.stage, count) if how == "by block" else nullcontext()
         hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-        with self._random(passes), torch.enable_grad(), hooks:
+        with self._random(passes), torch.enable_grad(), hooks, blocks:
             outputs = self._run(frame)
         return _Graph(passes, frame.hidden, outputs, count.total)
 
-    def _remember(self, graph: _Graph) -> None:
-        self._per_token = max(self._per_token, graph.nbytes / len(graph.inputs))
-        for one in graph.passes:
-            one.graph = graph
-
     def _compute_again(self, passes: list[Pass]) -> _Graph:
         """Compute passes once more, for the gradient that is here now."""
-        tokens = sum(len(one.frame.hidden) for one in passes)
-        wanted = self._per_token * tokens
-        while self._graphs and wanted + self.nbytes > self.most:
+        while (graph := self._compute(passes, self.most - self.nbytes)) is None and self._graphs:
             self._free(self._graphs[-1])  # the newest: its gradient comes last
-        if wanted <= self.most:
-            try:
-                return self._compute(passes, self.most)
-            except _TooMuch:
-                self._per_token = max(self._per_token, self.most / tokens)
-        with _block_by_block(self.stage):
-            return self._compute(passes, float("inf"))
+        return graph if graph is not None else self._try(passes, float("inf"), "by block")
 
     def _run(self, frame: Frame) -> Tensor:
         out: Tensor = self.stage(frame.padded(), frame.real, positions=frame.positions)
@@ -266,11 +273,16 @@ class _SavedBytes:
 
 
 @contextmanager
-def _block_by_block(stage: Stage) -> Iterator[None]:
-    """Keep no more than the input of each block, and compute it again for its gradient."""
+def _block_by_block(stage: Stage, count: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Keep no more than what enters each block, and compute the block again for its gradient."""
+
+    def again(forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        count(hidden)
+        return checkpoint(forward, hidden, *args, use_reentrant=False, **kwargs)
+
     blocks = set(find_blocks(stage.model.base_model)[1])
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(again, block.forward)
     try:
         yield
     finally:

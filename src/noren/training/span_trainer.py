@@ -145,6 +145,14 @@ class SpanTrainer:
         pairs = adapters.adapter_parameters(self._stage.model, self.adapter)
         return [(self._stage.whole_name(name), p) for name, p in pairs]
 
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Return copies of the adapter's tensors."""
+        return self.state(optimizer=False)
+
+    def set_adapter(self, tensors: dict[str, Tensor]) -> None:
+        """Set the adapter's tensors; its optimiser goes on as it was."""
+        adapters.load_state(self._stage.model, self.adapter, self._stage.whole_name, tensors)
+
     def state(self, *, optimizer: bool) -> dict[str, Tensor]:
         """Return the adapter, and if asked its optimiser's moments (`optimizer/NAME/KIND`)."""
         out = {name: p.detach().clone() for name, p in self._named()}

@@ -270,7 +270,8 @@ def rounding_seed(session: str, kind: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{session}/{kind}".encode()).digest()[:7], "big")
 
 
-ANSWERS = {"hello": "welcome", "forward": "hidden", "backward": "gradient", "pull": "state", "status": "condition"}
+ANSWERS = {"hello": "welcome", "forward": "hidden", "backward": "gradient", "pull": "state", "average": "state",
+           "status": "condition"}  # fmt: skip
 """Kind of request -> kind of answer; "done" for all others."""
 
 

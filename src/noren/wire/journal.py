@@ -71,6 +71,15 @@ class Draft:
     body: Body | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What becomes of a run's records. Drops come first: `drop_all` with `puts` replaces all that the run has."""
+
+    puts: Mapping[str, Record | Draft]
+    drop: Collection[str] = ()
+    drop_all: bool = False
+
+
 class Journal:
     """One folder of records, open in one process at a time. Thread-safe. A context manager."""
 
@@ -170,21 +179,32 @@ class Journal:
     def write(
         self, run: str, puts: Mapping[str, Record | Draft], drop: Collection[str] = (), drop_all: bool = False
     ) -> None:
-        """Put and drop records of a run: all of it, or on any error nothing. Durable once it returns.
+        """Put and drop records of one run, as `write_all`."""
+        self.write_all({run: Change(puts, drop, drop_all)})
 
-        Drops come first: `drop_all` with `puts` replaces all that the run has. A run without a record is no run.
-        Raises OverBudget if the bodies would exceed `max_bytes` or the disk is full, ModelError if writing fails,
-        ConfigError for a name that is no text of at most 300 characters.
+    def write_all(self, changes: Mapping[str, Change]) -> None:
+        """Change the records of some runs: all of it, or on any error nothing. Durable once it returns.
+
+        A run without a record is no run. Raises OverBudget if the bodies would exceed `max_bytes` or the disk is full,
+        ModelError if writing fails, ConfigError for a name that is no text of at most 300 characters.
         """
-        rows, bodies = _digested(_name(run), puts)
-        dropped = [{"dropped": _name(key)} for key in drop]
+        rows: dict[str, list[dict[str, Any]]] = {}
+        bodies: dict[str, Parts] = {}
+        for run, change in changes.items():
+            rows[run], more = _digested(_name(run), change.puts)
+            bodies |= more
+        dropped = {run: [{"dropped": _name(key)} for key in change.drop] for run, change in changes.items()}
         new: set[str] = set()
         committing = False
         with self._lock:
             try:
                 with self._transaction():
-                    self._drop(run, dropped, drop_all)
-                    new = self._put(run, rows, bodies)
+                    for run, change in changes.items():
+                        self._drop(run, dropped[run], change.drop_all)
+                        self._touch(run)
+                    new = self._add(bodies)
+                    for run in changes:
+                        self._point(rows[run])
                     needless = set(self._db.scalars(_NEEDLESS.returning(_OBJECTS.c.digest)))
                     empty = set(self._db.scalars(_EMPTY_RUNS.returning(_RUNS.c.run)))
                     after = self._within_budget()
@@ -199,7 +219,7 @@ class Journal:
             self._bytes = after
             self._strays.clear()
             self._objects.remove(needless)
-            self._written[run] = time.monotonic()
+            self._written |= dict.fromkeys(changes, time.monotonic())
             for gone in empty:
                 self._written.pop(gone, None)
 
@@ -214,18 +234,23 @@ class Journal:
         elif dropped:
             self._db.execute(statement.where(_ENTRIES.c.key == sa.bindparam("dropped")), dropped)
 
-    def _put(self, run: str, rows: list[dict[str, Any]], bodies: Mapping[str, Parts]) -> set[str]:
-        """Write rows; returns the digests of bodies that no row pointed to before."""
+    def _touch(self, run: str) -> None:
+        """Note a run as written now."""
         at: dict[str, Any] = {"written": time.time()}
         self._db.execute(insert(_RUNS).values(run=run, **at).on_conflict_do_update(set_=at))
+
+    def _add(self, bodies: Mapping[str, Parts]) -> set[str]:
+        """Note bodies; returns the digests of those that no row pointed to before."""
         sizes = [{"digest": digest, "size": size_of(parts)} for digest, parts in bodies.items()]
         adding = insert(_OBJECTS).on_conflict_do_nothing().returning(_OBJECTS.c.digest)
-        new = set(self._db.scalars(adding, sizes)) if sizes else set()
+        return set(self._db.scalars(adding, sizes)) if sizes else set()
+
+    def _point(self, rows: list[dict[str, Any]]) -> None:
+        """Write rows, which point to bodies."""
         if rows:
             upsert = insert(_ENTRIES)
             later = {"words": upsert.excluded.words, "digest": upsert.excluded.digest}
             self._db.execute(upsert.on_conflict_do_update(set_=later), rows)
-        return new
 
     def _used(self) -> int:
         return int(self._db.scalar(sa.select(sa.func.coalesce(sa.func.sum(_OBJECTS.c.size), 0))) or 0)

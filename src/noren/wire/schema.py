@@ -6,7 +6,7 @@ Both ends judge headers by it before they take memory for a body. What is not ag
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from noren.errors import OverBudget, ProtocolError
 from noren.types import Backward, Failure, Forward, Message
@@ -24,7 +24,8 @@ class Schema:
     """The agreement of one run.
 
     `dtype`: of hidden states ("float32", ...). `width`: size of hidden states going up. `back`: of what comes back,
-    None if the far end holds the head. `adapter`: shapes of the remote adapters by name. `tokens`: most in one message.
+    None if the far end holds the head. `adapter`: shapes of the remote adapters by name; `own`: of the client's, which
+    an average carries. `tokens`: most in one message.
     """
 
     dtype: str
@@ -34,6 +35,7 @@ class Schema:
     gradients: str
     adapter: Mapping[str, list[int]]
     tokens: int
+    own: Mapping[str, list[int]] = field(default_factory=dict)
 
     def request(self, header: Header) -> None:
         """Raise ProtocolError or OverBudget unless a header is that of a request which was agreed."""
@@ -53,6 +55,8 @@ class Schema:
                 raise ProtocolError(f"'gradient' must be [tokens, {self.back or 'd'}], got {entry.shape}")
         elif header.kind == "push":
             self._adapters(header)
+        elif header.kind == "average":
+            self._own(header)
         else:
             _none(header)
 
@@ -76,6 +80,8 @@ class Schema:
                 known = self.back is not None  # else the head's output may have one row a sequence
                 if len(entry.shape) != 2 or entry.shape[1] != self.width or (known and entry.shape[0] != rows):
                     raise ProtocolError(f"the peer sent back a gradient {entry.shape}, expected [tokens, {self.width}]")
+            elif header.kind == "state" and request.kind == "average":
+                self._own(header)
             elif header.kind == "state":
                 self._adapters(header)
             else:
@@ -151,6 +157,15 @@ class Schema:
                 raise ProtocolError(f"optimiser moment {kind[:40]!r} is not one of {', '.join(MOMENTS)}")
             if entry.codec != "raw" or entry.dtype in ("i64", "u8"):
                 raise ProtocolError(f"tensor {name[:120]!r} crosses as floating point, without a codec")
+
+    def _own(self, header: Header) -> None:
+        """The client's own adapters, with exactly the names and shapes that were agreed."""
+        given = {entry.name: entry for entry in header.tensors}
+        if odd := given.keys() ^ self.own.keys():
+            raise ProtocolError(f"{len(odd)} of the client's adapters were not agreed, e.g. {min(odd)[:120]!r}")
+        for name, entry in given.items():
+            if entry.shape != self.own[name] or (entry.dtype, entry.codec) != ("f32", "raw"):
+                raise ProtocolError(f"tensor {name[:120]!r} must be f32 {self.own[name]}, without a codec")
 
 
 def _none(header: Header) -> None:

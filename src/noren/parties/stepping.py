@@ -1,0 +1,342 @@
+"""Training requests of one run at a remote party: each counts once, and what it led to is kept before it is answered.
+
+Alone, a run's requests are computed by themselves. In a group they are computed with what others have sent: those of
+replicas with whatever waits at that moment, those of a shared adapter with all who take part (see groups.Group.meet).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+import torch
+from torch import Tensor
+
+from noren.errors import OverBudget, PeerError, ProtocolError, SessionLost, TooLate
+from noren.parties.groups import Group, group_of
+from noren.parties.ledger import keep_all
+from noren.parties.runs import Run
+from noren.partition.stage import Frame, Stage
+from noren.training.averaging import average
+from noren.training.joint import Part
+from noren.training.passes import Pass, Passes
+from noren.types import (
+    Average,
+    Backward,
+    Done,
+    Forward,
+    Gradient,
+    Hidden,
+    Message,
+    State,
+    Step,
+    Update,
+)
+from noren.wire.journal import Change
+
+T = TypeVar("T")
+
+
+class Host(Protocol):
+    """What this needs of the party (see server.SpanServer)."""
+
+    stage: Stage
+    passes: Passes
+    steps: int
+
+    def compute(self, work: Callable[[], T], owner: str = "") -> T:
+        """Run in the thread that computes, in the owner's turn."""
+
+    def compute_together(self, kind: Hashable, item: Any, work: Callable[[list[Any]], list[T]], owner: str) -> T:
+        """Run with others of the kind."""
+
+    def close_run(self, owner: str, name: str, *, forget: bool, run: Run | None) -> None:
+        """End a run, if it is this one."""
+
+    def end_sessions(self, owner: str, name: str, run: Run, ended: list[str]) -> None:
+        """Forget sessions."""
+
+
+@dataclass(eq=False)
+class _Request:
+    """A training request that is to be computed."""
+
+    run: Run
+    message: Message
+    tensor: Tensor  # hidden states, or the gradient of the output
+
+    @property
+    def meta(self) -> Any:
+        return self.message.meta
+
+
+class Stepping:
+    """Answers the training requests of one connection. `member` is the run's name among those of its group."""
+
+    def __init__(self, host: Host, owner: str, name: str) -> None:
+        self._host, self._owner, self._name = host, owner, name
+        self._member = f"{owner}/{name}"
+
+    def forward(self, run: Run, message: Message) -> Message:
+        """Answer a forward pass: once for its step and number; computed again if only its activations were lost."""
+        trainer, meta, group = run.trainer, message.meta, run.group
+        assert isinstance(meta, Forward)
+        known = run.ledger.answer(message)
+        if known is not None and (trainer.holds(meta.session) or run.ledger.answered(meta.session)):
+            return known
+        if group is not None:
+            group.must_hold(self._member)
+        before, asked = marks(run), _Request(run, message, self._here(message.tensors["hidden"]))
+        try:
+            if group is not None and group.together.mode == "client-batch":
+                if known is not None:
+                    raise _too_late(group)
+                self._next_round(group, run, meta.update)
+            if group is not None and group.together.mode != "sequential":
+                kind = ("forward", group.name)
+                out: Tensor = self._host.compute_together(kind, asked, self._forwards, self._owner)
+            else:
+                out = self._host.compute(lambda: self._forwards([asked])[0], self._owner)
+            if run.following is not None:
+                onward = trainer.kept(meta.session).onward = Message(meta, {"hidden": out})
+                answer = run.following(onward)
+            else:
+                answer = Message(Hidden(per_sequence=self._host.passes.per_sequence), {"hidden": out})
+        except Exception:
+            self.keep(run, before)
+            raise
+        if known is not None:
+            return known
+        self.keep(run, before, message, answer)
+        return answer
+
+    def _forwards(self, asked: list[_Request]) -> list[Tensor]:
+        """Compute what each run asks for, under its own adapter."""
+        return self._host.passes.forward([self._begin(one) for one in asked])
+
+    def _begin(self, one: _Request) -> Pass:
+        meta, run = one.meta, one.run
+        self._host.end_sessions(self._owner, self._name, run, meta.ended)
+        if meta.update is not None:
+            self.update(run, meta.update)
+        run.ledger.check_step(meta.session, run.trainer.step)
+        frame = Frame(one.tensor, meta.lengths, meta.padding, meta.positions)
+        begun = run.trainer.begin(meta.session, frame, dropout=meta.dropout)
+        begun.targets = meta.weight or float(len(one.tensor))
+        return begun
+
+    def _next_round(self, group: Group, run: Run, update: Update | None) -> None:
+        """Wait until the step to which this client has contributed is made."""
+        if update is not None:
+            group.confirm(lambda: run.trainer.update(update))
+        group.finish_round(self._member, lambda: self._host.compute(lambda: self._step_body(group)))
+
+    def _step_body(self, group: Group) -> None:
+        """Make the step of a shared adapter that is due, and keep it."""
+        assert group.joint is not None and group.body is not None
+        before = group.body.step
+        group.joint.step()
+        if group.body.step != before:
+            self._host.steps += 1
+            keep_all([(group.ledger, _body_state(group))])
+
+    def backward(self, run: Run, message: Message) -> Message:
+        """Answer a backward pass, once."""
+        if (known := run.ledger.answer(message)) is not None:
+            return known
+        meta, group = message.meta, run.group
+        assert isinstance(meta, Backward)
+        joint = group is not None and group.together.mode == "client-batch"
+        try:
+            run.ledger.check_step(meta.session, run.trainer.step)
+            run.trainer.kept(meta.session)
+        except SessionLost:
+            if joint and group is not None:
+                raise _too_late(group) from None
+            raise
+        gradient, further = self._here(message.tensors["gradient"]), 0.0
+        if run.following is not None:
+            reply = self._beyond(run, meta, message)
+            gradient, further = self._here(reply.tensors["gradient"]), reply.meta.square_norm  # type: ignore[union-attr]
+        asked = _Request(run, message, gradient)
+        if group is not None and joint:
+            kind = ("backward", group.name)
+            return self._host.compute_together(kind, asked, lambda all_: self._joint_backward(group, all_), self._owner)
+        if group is not None and group.together.mode == "server-hierarchical":
+            kind = ("backward", group.name)
+            out, norm, gradients = self._host.compute_together(kind, asked, self._backwards, self._owner)
+        else:
+            out, norm, gradients = self._host.compute(lambda: self._backwards([asked])[0], self._owner)
+        answer = Message(Gradient(square_norm=norm + further), {"gradient": out})
+        self.keep(run, marks(run), message, answer, gradients=gradients)
+        return answer
+
+    def _backwards(self, asked: list[_Request]) -> list[tuple[Tensor, float, dict[str, Tensor]]]:
+        """Take each run's gradient back; returns that of its input, the norm of its adapter's, and these themselves."""
+        for one in asked:
+            if one.meta.discard:
+                one.run.trainer.discard()
+        kept = [one.run.trainer.kept(one.meta.session) for one in asked]
+        outs = self._host.passes.backward([(part, one.tensor) for part, one in zip(kept, asked, strict=True)])
+        for one in asked:
+            one.run.trainer.forget(one.meta.session)
+        return [
+            (out, run.trainer.square_norm(), run.trainer.gradients() if run.ledger.durable else {})
+            for out, run in zip(outs, [one.run for one in asked], strict=True)
+        ]
+
+    def _joint_backward(self, group: Group, asked: list[_Request]) -> list[Message]:
+        """Take the gradients of a group's clients back through the adapter that they share, and keep all of it."""
+        assert group.joint is not None and group.body is not None
+        joint, body = group.joint, group.body
+        if any(not one.run.trainer.holds(one.meta.session) for one in asked):
+            raise _too_late(group)
+        kept = [one.run.trainer.kept(one.meta.session) for one in asked]
+        backs = joint.backward(
+            self._host.passes,
+            [Part(one.run.trainer, of, one.tensor, of.targets) for one, of in zip(asked, kept, strict=True)],  # type: ignore[arg-type]
+        )
+        answers = [Message(Gradient(square_norm=0.0), {"gradient": back}) for back in backs]
+        members = [
+            (one.run.ledger, one.run.ledger.change(one.message, answer))
+            for one, answer in zip(asked, answers, strict=True)
+        ]
+        gradients = body.gradients() if group.ledger.durable else {}
+        own = group.ledger.change(gradients=gradients, about=msgspec.json.encode(joint.targets))
+        keep_all([(group.ledger, own), *members])
+        group.notice()
+        return answers
+
+    def _beyond(self, run: Run, meta: Backward, message: Message) -> Message:
+        """Ask the next party; one that lost its part is given this party's outputs again first."""
+        assert run.following is not None
+        try:
+            reply = run.following(message)
+        except SessionLost:
+            onward = run.trainer.kept(meta.session).onward
+            if onward is None:
+                raise
+            run.following(onward)
+            reply = run.following(message)
+        if not isinstance(reply.meta, Gradient):
+            raise ProtocolError("the next party answered a backward with something else")
+        return reply
+
+    def step(self, run: Run, update: Update) -> Message:
+        """Answer an optimiser step on its own."""
+        before = marks(run)
+        self._host.compute(lambda: self.update(run, update), self._owner)
+        self.keep(run, before)
+        if run.group is not None and run.group.together.mode == "client-batch":
+            self._next_round(run.group, run, None)
+        if run.following is not None:
+            run.following(Message(Step(update=update)))
+        return Message(Done(step=update.step))
+
+    def average(self, run: Run, message: Message) -> Message:
+        """Answer an average of replicas, once."""
+        group, meta = group_of(run), message.meta
+        assert isinstance(meta, Average)
+        if group.together.mode != "server-hierarchical":
+            raise ProtocolError(
+                f"the group {group.together.group!r} trains {group.together.mode!r}: nothing to average"
+            )
+        if (known := run.ledger.answer(message)) is not None:
+            return known
+        if run.following is not None:
+            run.following(message)
+        asked = _Request(run, message, torch.empty(0))
+        return group.meet("average", self._member, asked, lambda all_: self._average(all_))
+
+    def _average(self, asked: dict[str, _Request]) -> dict[str, Any]:
+        def work() -> dict[str, Any]:
+            out: dict[str, Any] = {}
+            for member, one in asked.items():
+                try:
+                    if one.meta.update is not None:
+                        self.update(one.run, one.meta.update)
+                    if one.meta.step != one.run.trainer.step:
+                        raise SessionLost(f"an average after step {one.meta.step}, at step {one.run.trainer.step}")
+                except PeerError as error:
+                    out[member] = error
+            there = {member: one for member, one in asked.items() if member not in out}
+            if not there:
+                return out
+            weights = [one.meta.weight for one in there.values()]
+            body = average([one.run.trainer.adapter_state() for one in there.values()], weights)
+            ends = average([one.message.tensors for one in there.values()], weights)
+            changes: list[tuple[Any, Change]] = []
+            for member, one in there.items():
+                trainer = one.run.trainer
+                trainer.set_adapter(body)
+                out[member] = answer = Message(State(step=trainer.step), ends)
+                state = trainer.state(optimizer=True) if one.run.ledger.durable else None
+                changes.append(
+                    (one.run.ledger, one.run.ledger.change(one.message, answer, step=trainer.step, state=state))
+                )
+            keep_all(changes)
+            return out
+
+        return self._host.compute(work)
+
+    def update(self, run: Run, update: Update) -> None:
+        """Apply a step, once."""
+        before = run.trainer.step
+        run.trainer.update(update)
+        if run.group is None or run.group.together.mode != "client-batch":
+            self._host.steps += run.trainer.step - before
+
+    def keep(
+        self,
+        run: Run,
+        before: tuple[int, int],
+        request: Message | None = None,
+        answer: Message | None = None,
+        gradients: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Keep what a request led to. If it cannot be kept, memory goes back to what was kept last."""
+        trainer, ledger = run.trainer, run.ledger
+        stepped = trainer.step != before[0]
+        if not (stepped or answer is not None or gradients is not None):
+            return
+        step, shared = trainer.step if stepped else None, run.group if run.group and run.group.body else None
+        try:
+            state = None
+            if stepped and ledger.durable and shared is None:
+                state = self._host.compute(lambda: trainer.state(optimizer=True))  # in nobody's turn: not refused
+            if shared is None:
+                ledger.keep(request, answer, step=step, state=state, gradients=gradients)
+                return
+            changes = [(ledger, ledger.change(request, answer, step=step))]
+            if shared.together.mode == "sequential":
+                body = _body_state(shared) if marks(run)[1] != before[1] else Change({})
+                if gradients is not None:
+                    more = shared.ledger.change(gradients=gradients)
+                    body = Change({**body.puts, **more.puts}, [key for key in body.drop if key not in more.puts])
+                changes.append((shared.ledger, body))
+            keep_all(changes)
+        except Exception as error:
+            self._host.close_run(self._owner, self._name, forget=isinstance(error, OverBudget), run=run)
+            raise
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(next(self._host.stage.model.parameters()).device)
+
+
+def marks(run: Run) -> tuple[int, int]:
+    """Where a run stands: its step, and that of the adapter that it shares."""
+    body = run.group.body if run.group is not None else None
+    return run.trainer.step, body.step if body is not None else 0
+
+
+def _body_state(group: Group) -> Change:
+    assert group.body is not None
+    state = group.body.state(optimizer=True) if group.ledger.durable else None
+    return group.ledger.change(step=group.body.step, state=state)
+
+
+def _too_late(group: Group) -> TooLate:
+    seconds = group.together.wait_seconds
+    return TooLate(f"the group {group.together.group!r} waited {seconds:g} s and went on; this step must be made again")
