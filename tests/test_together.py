@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import U_SHAPED, identity
+from conftest import U_SHAPED, credentials, identity
 from noren.adapters.lora import Lora
 from noren.config import Document
 from noren.errors import ConfigError, HandshakeRefused, Overloaded, ProtocolError, TooLate
@@ -24,8 +24,10 @@ from noren.parties.server import SpanServer
 from noren.partition.stage import Stage
 from noren.training.averaging import average
 from noren.training.batches import Row
-from noren.training.loop import Outcome, Trainer, Training, _targets
+from noren.training.loop import Outcome, Progress, Trainer, Training, _targets
 from noren.types import Average, Backward, Enter, Forward, Handler, Leave, Message
+from noren.wire.grpc_server import GrpcServer
+from noren.wire.identity import ensure
 from noren.wire.journal import Journal
 from test_crossing import ADAPTER
 from test_training import whole_twin
@@ -370,3 +372,68 @@ def test_batches_are_joined_instead_of_accumulated() -> None:
     values = {"model": "embedded", "together": {"mode": "client-batch"}, "training": {"accumulate": 2}}
     with pytest.raises(ConfigError, match=r"training\.accumulate must be 1"):
         Document.of(values, Path.cwd())
+
+
+class Restarted:
+    """A server whose process ends and starts again, on one port and one journal."""
+
+    def __init__(self, model: Path, keys: Path, folder: Path) -> None:
+        self.model, self.keys, self.folder = model, keys, folder
+        self.servers: list[SpanServer] = []
+        self.port, self._opened = 0, ExitStack()
+        self.start()
+
+    def start(self) -> None:
+        self._opened.close()
+        stage = Stage.load(self.model, U_SHAPED, "server", "causal-lm")
+        journal = self._opened.enter_context(Journal(self.folder))
+        server = SpanServer(stage, lora=msgspec.convert(ADAPTER, Lora), journal=journal)
+        self._opened.callback(server.close)
+        line = GrpcServer(f"127.0.0.1:{self.port}", credentials(self.keys, "server"), server.connect)
+        self.port = self._opened.enter_context(line).port
+        self.servers.append(server)
+
+    def client(self, name: str, together: dict[str, Any]) -> Client:
+        ensure(self.keys, name, "client")
+        values = {"model": str(self.model), "plan": U_SHAPED, "adapter": ADAPTER, "seed": 1, "together": together,
+                  "keys": {"dir": str(self.keys), "name": name},
+                  "links": {"server": f"127.0.0.1:{self.port}"}}  # fmt: skip
+        return Client(Document.of(values, Path.cwd()))
+
+    def train(self, mode: str, restarts: int) -> list[dict[str, Tensor]]:
+        """Two clients make six steps; the server starts again after the second, the fourth, ... of either."""
+        together = {"mode": mode, "clients": 2, "clip": 0.0, "every": 3}
+        clients = [self.client(name, together) for name in ("c0", "c1")]
+        training, made, steps = settings(6, optimizer="sgd", lr=0.5), threading.Condition(), [0]
+
+        def report(progress: Progress) -> None:
+            with made:
+                steps[0] = max(steps[0], progress.step)
+                made.notify_all()
+
+        trainers = [Site.trainer(client, own, training) for client, own in zip(clients, datasets()[:2], strict=True)]
+        for trainer in trainers:
+            trainer._report = report
+        with ThreadPoolExecutor(2) as pool:
+            if mode == "sequential":  # in a known order
+                trainers[0]._remote.enter()
+            ended = [pool.submit(trainer.run) for trainer in trainers]
+            for number in range(restarts):
+                with made:
+                    assert made.wait_for(lambda: steps[0] >= 2 * number + 2, 60)  # noqa: B023
+                self.start()
+            assert [one.result(timeout=120).step for one in ended] == [6, 6]
+        found = [client.adapter_state() for client in clients]
+        for client in clients:
+            client.close()
+        self._opened.close()
+        assert sum(server.steps for server in self.servers) == (6 if mode == "client-batch" else 12)
+        return found
+
+
+@pytest.mark.parametrize("mode", ["sequential", "client-batch", "server-hierarchical"])
+def test_a_server_that_is_restarted(llama_folder: Path, tmp_path: Path, keys: Path, mode: str) -> None:
+    """Another process takes over the journal, twice: the same adapters, but for the order of sums."""
+    undisturbed = Restarted(llama_folder, keys, tmp_path / "0").train(mode, 0)
+    for one, two in zip(undisturbed, Restarted(llama_folder, keys, tmp_path / "2").train(mode, 2), strict=True):
+        assert differ(one, two) <= 1e-5

@@ -56,10 +56,10 @@ class Group:
         self.body, self.ledger, self._clock = body, ledger, clock
         self.joint = Joint(body, self.together.clip) if body is not None else None
         self.runs: dict[str, Run] = {}
-        self._present: set[str] = set()  # who takes part now
+        present, self._holder = ledger.group()
+        self._present = set(present)  # who takes part now
         self._asked: dict[str, float] = {}  # sequential: who wants to be next, and when it last said so
-        self._holder = ""
-        self._started = False
+        self._started, self._begun = False, clock()
         self._meetings: dict[Hashable, _Meeting] = {}
         self._round, self._until, self._making = 0, 0.0, False  # client-batch: of the step that is due
         self._change = threading.Condition()
@@ -95,13 +95,19 @@ class Group:
                 raise Overloaded(f"{here} of the {wanted} clients of group {self.together.group!r} are here", RETRY)
             if self.together.mode == "sequential":
                 self._take_turn(member)
-            self._present.add(member)
+            if member not in self._present:
+                self._present.add(member)
+                self._note()
             self._change.notify_all()
+
+    def _note(self) -> None:
+        """Keep who takes part, and whose turn it is."""
+        self.ledger.keep_group(sorted(self._present), self._holder)
 
     def _take_turn(self, member: str) -> None:
         """Give the shared adapter to one client at a time, in the order in which they first asked."""
         now, patience = self._clock(), self.together.wait_seconds
-        if self._holder and not self._is_here(self._holder) and now - self.runs[self._holder].left > patience:
+        if self._holder and not self._is_here(self._holder):
             self._holder = ""
         if self._holder == member:
             return
@@ -112,6 +118,7 @@ class Group:
             raise Overloaded(f"another client of group {self.together.group!r} is at work; {ahead} are before", RETRY)
         del self._asked[member]
         self._holder = member
+        self._note()
 
     def must_hold(self, member: str) -> None:
         """Raise Overloaded unless it is this client's turn, as far as there are turns."""
@@ -125,11 +132,19 @@ class Group:
             self._asked.pop(member, None)
             if self._holder == member:
                 self._holder = ""
+            self._note()
             self._change.notify_all()
 
-    def _is_here(self, member: str) -> bool:
+    def _left(self, member: str) -> float:
+        """When a client's last connection ended; for one that has not come back since a restart, when that was."""
         run = self.runs.get(member)
-        return run is not None and run.connections > 0
+        return run.left if run is not None else self._begun
+
+    def _is_here(self, member: str) -> bool:
+        """Whether a client is connected, or may come back still."""
+        run = self.runs.get(member)
+        connected = run is not None and run.connections > 0
+        return connected or self._clock() - self._left(member) <= self.together.wait_seconds
 
     def meet(self, kind: Hashable, member: str, item: Any, work: Callable[[dict[str, Any]], dict[str, T]]) -> T:
         """Wait until all who take part have brought an item of this kind, then return what `work` made of this one.
@@ -247,13 +262,12 @@ class Groups:
         ledger = Ledger(self._journal, name)
         if terms.together.mode not in SHARED:
             return Group(name, terms, None, ledger)
-        saved = ledger.saved()
-        body = self._make(name, terms)
-        group = Group(name, terms, body, ledger)
+        saved, body = ledger.saved(), self._make(name, terms)
         if saved is None or saved.begun.hello.terms != terms:
             ledger.forget()
             ledger.begin(Begun(hello=Hello(protocol=PROTOCOL, run="group", terms=terms), incarnation=""))
-            return group
+            return Group(name, terms, body, ledger)
+        group = Group(name, terms, body, ledger)
         self._compute(lambda: body.restore(saved.state, saved.gradients, saved.step))
         assert group.joint is not None
         group.joint.targets = msgspec.json.decode(saved.about, type=dict[str, float])

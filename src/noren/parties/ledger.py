@@ -113,6 +113,15 @@ class Ledger:
         """Keep how the run began."""
         keep_all([(self, Change({"run": Draft(msgspec.json.encode(begun), None)}))])
 
+    def group(self) -> tuple[list[str], str]:
+        """Return who takes part in the group whose record this is, and whose turn it is ("": nobody's)."""
+        found = self._read("group")
+        return msgspec.json.decode(found.words, type=tuple[list[str], str]) if found is not None else ([], "")
+
+    def keep_group(self, present: list[str], holder: str) -> None:
+        """Keep who takes part, and whose turn it is."""
+        keep_all([(self, Change({"group": Draft(msgspec.json.encode((present, holder)))}))])
+
     def answer(self, request: Message) -> Message | None:
         """Return what was answered to the same request before, None if it is new.
 
