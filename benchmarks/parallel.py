@@ -27,6 +27,7 @@ import msgspec
 import torch
 
 from noren.config import Document
+from noren.metrics import peak_memory
 from noren.parties.client import Client
 from noren.parties.client import credentials_for as _credentials
 from noren.training.batches import Row
@@ -119,12 +120,6 @@ def hello_of(run: Document) -> Hello:
     return msgspec.structs.replace(hello, resume="")
 
 
-def peak_bytes(pid: int) -> int:
-    """The most resident memory that a process has had."""
-    words = Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()
-    return int(words[0]) << 10
-
-
 def measure_client(folder: Path, model: Path) -> tuple[float, float]:
     """Seconds of a real client's step, of which at the remote party."""
     ids = torch.randint(3, 32_000, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1)).tolist()
@@ -159,7 +154,7 @@ def measure(folder: Path, model: Path, mode: str, clients: int, steps: int, own:
     pids: list[int] = []
     with rig.server(folder, document(model, mode, clients), THREADS, pids) as run:
         hello = hello_of(run)
-        base = peak_bytes(pids[0])
+        base = peak_memory(pids[0])
         load = [Generator(run, number, hello, own / 2, own / 2) for number in range(clients)]
         begun, times = threading.Barrier(clients), list[tuple[float, float]]()
 
@@ -183,7 +178,7 @@ def measure(folder: Path, model: Path, mode: str, clients: int, steps: int, own:
             seconds = statistics.mean(end - start for start, end in times)
         crossed = sum(one.link.traffic.total_bytes for one in load) / sum(one.step for one in load) / TOKENS
         rss = load[0].link(Message(Status())).meta.rss_bytes  # type: ignore[union-attr]
-        peak = peak_bytes(pids[0])
+        peak = peak_memory(pids[0])
         for one in load:
             one.close()
     return {
