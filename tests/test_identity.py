@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 
 import tls
 from noren.cli.keys import app
-from noren.errors import ConfigError
+from noren.errors import ConfigError, LinkError
+from noren.types import Message, Status
 from noren.wire import identity
+from noren.wire.grpc_link import GrpcLink
 from noren.wire.identity import Credentials, Identity, clock, create_authority, ensure, issue, listing
 from tls import ask, held, load, pair, raw_server, serving
 
@@ -532,7 +534,12 @@ def test_a_client_in_the_place_of_a_server_is_refused(folder: Path) -> None:
 def test_a_host_that_is_not_named_is_refused(folder: Path) -> None:
     server = pair(folder, "beta", "server", hosts=("gpu-1.example.org",))
     with serving(server.server()) as port:
-        assert_refused(port, pair(folder, "alpha", "client").client(), "Hostname Verification")
+        client = pair(folder, "alpha", "client")
+        assert_refused(port, client.client(), "Hostname Verification")
+        link = GrpcLink(f"localhost:{port}", client, greet=lambda: Message(Status()))
+        with pytest.raises(LinkError, match="not made for this host name"):
+            link.connect()
+        link.close()
 
 
 # The command line.

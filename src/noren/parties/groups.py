@@ -79,12 +79,11 @@ class Group:
         with self._change:
             self.runs[member] = run
 
-    def part(self, member: str) -> bool:
-        """A client's run has ended; returns whether it was the last."""
+    def part(self, member: str) -> None:
+        """A client's run has ended."""
         self.leave(member)
         with self._change:
             self.runs.pop(member, None)
-            return not self.runs
 
     def enter(self, member: str) -> None:
         """Let a client take part. Raises Overloaded until it may."""

@@ -193,7 +193,8 @@ class GrpcLink:
                 f"{self.address} does not speak TLS: it is no Noren party, or one that serves with --insecure; is this "
                 "the right port?"
             )
-        if "CERTIFICATE_VERIFY_FAILED" in text or "SSL_ERROR" in text or "certificate verify" in text.lower():
+        signs = ("CERTIFICATE_VERIFY_FAILED", "SSL_ERROR", "certificate verify", "Hostname Verification")
+        if any(sign.lower() in text.lower() for sign in signs):
             ca = getattr(self._credentials, "ca", "the authority")
             return LinkError(
                 f"{self.address}: the TLS handshake failed: the server's certificate is not signed by "
