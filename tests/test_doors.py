@@ -31,10 +31,13 @@ from noren.training.batches import collate
 from noren.types import (
     PROTOCOL,
     AnyMeta,
+    Average,
     Backward,
     Close,
+    Enter,
     Forward,
     Hello,
+    Leave,
     Message,
     Meta,
     Optimizer,
@@ -44,6 +47,7 @@ from noren.types import (
     Status,
     Step,
     Terms,
+    Together,
     Update,
     Welcome,
 )
@@ -101,7 +105,13 @@ class Place:
         stage = self.server.stage
         lora = msgspec.convert(ADAPTER, Lora).canonical()
         return Terms(
-            fingerprint=stage.fingerprint, plan=stage.plan.lines(), task="causal-lm", dtype="float32", lora=lora, seed=0
+            fingerprint=stage.fingerprint,
+            plan=stage.plan.lines(),
+            task="causal-lm",
+            dtype="float32",
+            lora=lora,
+            seed=0,
+            together=Together(mode="server-hierarchical"),
         )
 
 
@@ -278,17 +288,20 @@ def test_T5_matrix_control(place: Place) -> None:
         welcome = caller.ask(request("hello", place)).meta
         assert isinstance(welcome, Welcome)
         found["hello"] = welcome.__struct_config__.tag
+        found["enter"] = caller.outcome("enter", Message(Enter()))
         found["forward"] = caller.outcome("forward", Message(forward, {"hidden": torch.ones(3, 48)}))
         for kind in ("backward", "step", "status"):
             found[kind] = caller.outcome(kind, request(kind, place))
         state = caller.ask(Message(Pull()))
         found["pull"] = state.kind
         found["push"] = caller.outcome("push", Message(Push(step=1), state.tensors))
+        found["average"] = caller.outcome("average", Message(Average(step=1, weight=1.0)))
+        found["leave"] = caller.outcome("leave", Message(Leave()))
         found["close"] = caller.outcome("close", Message(Close()))
         found |= {column: caller.outcome(column, Message(Status())) for column in HEALTH}
     assert found == {
         "hello": "welcome", "forward": "hidden", "backward": "gradient", "step": "done", "status": "condition",
-        "pull": "state", "push": "done", "close": "done",
+        "pull": "state", "push": "done", "close": "done", "enter": "done", "average": "state", "leave": "done",
         "health/Check": "ok", "health/List": "UNIMPLEMENTED", "health/Watch": "UNIMPLEMENTED",
     }  # fmt: skip
     assert found.keys() - set(HEALTH) == REQUESTS

@@ -115,7 +115,7 @@ CASES = {
         f'models = ["{"ab" * 32}"]', "is not among those that the policy names", connects=False
     ),
     "protocol-downgrade": Case(
-        "protocol = 2", "speaks protocol 1, the policy wants 2",
+        f"protocol = {PROTOCOL}", f"speaks protocol {PROTOCOL - 1}, the policy wants {PROTOCOL}",
         twist=lambda welcome: msgspec.structs.replace(welcome, protocol=PROTOCOL - 1),
     ),
     "protocol-unknown": Case(

@@ -10,13 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from noren.errors import HandshakeRefused, Overloaded, ProtocolError
 from noren.parties.ledger import Begun, Ledger
-from noren.parties.runs import Run
 from noren.training.joint import Joint
 from noren.training.span_trainer import SpanTrainer
 from noren.types import PROTOCOL, Hello, Terms
@@ -28,6 +27,14 @@ SHARED = ("sequential", "client-batch")
 RETRY = 0.5
 LOOK = 0.1
 """Seconds after which a waiting client looks again who is still there."""
+
+
+class Run(Protocol):
+    """What a group knows of a client's run (see runs.Run)."""
+
+    connections: int
+    left: float
+    group: Group | None
 
 
 @dataclass(eq=False)

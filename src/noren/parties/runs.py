@@ -6,12 +6,13 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import msgspec
 import torch
 
 from noren.errors import HandshakeRefused, SessionLost
+from noren.parties.groups import Group
 from noren.parties.ledger import Begun, Ledger
 from noren.partition.stage import Stage
 from noren.training.share import Share
@@ -21,9 +22,6 @@ from noren.wire.codecs.delta import DeltaReceiver
 from noren.wire.envelope import Expect
 from noren.wire.grpc_link import any_answer
 from noren.wire.schema import Schema
-
-if TYPE_CHECKING:
-    from noren.parties.groups import Group
 
 
 @runtime_checkable
