@@ -295,7 +295,7 @@ def test_T5_matrix_control(place: Place) -> None:
         state = caller.ask(Message(Pull()))
         found["pull"] = state.kind
         found["push"] = caller.outcome("push", Message(Push(step=1), state.tensors))
-        found["average"] = caller.outcome("average", Message(Average(step=1, weight=1.0)))
+        found["average"] = caller.outcome("average", Message(Average(step=1, weight=1)))
         found["leave"] = caller.outcome("leave", Message(Leave()))
         found["close"] = caller.outcome("close", Message(Close()))
         found |= {column: caller.outcome(column, Message(Status())) for column in HEALTH}

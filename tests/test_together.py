@@ -354,7 +354,7 @@ def test_a_group_is_of_one_kind(llama_folder: Path) -> None:
         with pytest.raises(Overloaded, match="1 of the 2 clients"):
             one.link(Message(Enter()))
         with pytest.raises(ProtocolError, match="nothing to average"):
-            one.link(Message(Average(step=0, weight=1.0)))
+            one.link(Message(Average(step=0, weight=1)))
     with site(llama_folder, "alone", 1) as at, pytest.raises(ProtocolError, match="trains alone"):
         at.client("c0").link(Message(Leave()))
 

@@ -179,7 +179,7 @@ class Forward(Meta, frozen=True, kw_only=True, tag="forward"):
     update: Update | None = None
     ended: Annotated[list[Label], msgspec.Meta(max_length=4096)] = []  # sessions that the client no longer needs
     deltas: Deltas | None = None  # in training, under the codec "delta": what `hidden` is a difference from
-    weight: Amount = 0.0  # in training together: targets that the step's loss is a mean over; 0: count the real tokens
+    weight: Count = 0  # in training together: targets that the step's loss is a mean over; 0, or too many: real tokens
 
 
 class Hidden(Meta, frozen=True, kw_only=True, tag="hidden"):
@@ -231,7 +231,7 @@ class Average(Meta, frozen=True, kw_only=True, tag="average"):
     """
 
     step: Count
-    weight: Amount  # of this client's replica
+    weight: Count  # of this client's replica
     update: Update | None = None  # the last step, if it was not sent yet
 
 

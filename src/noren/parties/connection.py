@@ -228,6 +228,8 @@ class Connection:
             with torch.inference_mode():
                 return stage(frame.padded(), frame.real, positions=frame.positions, keep=keep)
 
+        if meta.update is not None:
+            stepping.prepare(run, meta.update)
         before = marks(run)
         try:
             out = self._compute(work)
@@ -257,6 +259,9 @@ class Connection:
         return Message(State(step=run.trainer.step), tensors)
 
     def _push(self, run: Run, meta: Push, message: Message) -> Message:
+        if run.group is not None and run.group.body is not None:
+            raise ProtocolError("this adapter is shared with others, so it cannot be set; name another group")
+
         def work() -> dict[str, Tensor]:
             run.trainer.load(dict(message.tensors), meta.step)
             return run.trainer.state(optimizer=True)

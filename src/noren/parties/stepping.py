@@ -61,8 +61,10 @@ class Host(Protocol):
 
 @dataclass(eq=False)
 class _Request:
-    """A training request that is to be computed."""
+    """A training request that is to be computed, perhaps with others'."""
 
+    owner: str
+    name: str  # of the run
     run: Run
     message: Message
     tensor: Tensor  # hidden states, or the gradient of the output
@@ -88,7 +90,10 @@ class Stepping:
             return known
         if group is not None:
             group.must_hold(self._member)
-        before, asked = marks(run), _Request(run, message, self._here(message.tensors["hidden"]))
+        before, asked = (
+            marks(run),
+            _Request(self._owner, self._name, run, message, self._here(message.tensors["hidden"])),
+        )
         try:
             if group is not None and group.together.mode == "client-batch":
                 if known is not None:
@@ -118,13 +123,13 @@ class Stepping:
 
     def _begin(self, one: _Request) -> Pass:
         meta, run = one.meta, one.run
-        self._host.end_sessions(self._owner, self._name, run, meta.ended)
+        self._host.end_sessions(one.owner, one.name, run, meta.ended)
         if meta.update is not None:
             self.update(run, meta.update)
         run.ledger.check_step(meta.session, run.trainer.step)
         frame = Frame(one.tensor, meta.lengths, meta.padding, meta.positions)
         begun = run.trainer.begin(meta.session, frame, dropout=meta.dropout)
-        begun.targets = meta.weight or float(len(one.tensor))
+        begun.targets = float(min(meta.weight, len(one.tensor)) or len(one.tensor))
         return begun
 
     def _next_round(self, group: Group, run: Run, update: Update | None) -> None:
@@ -132,6 +137,15 @@ class Stepping:
         if update is not None:
             group.confirm(lambda: run.trainer.update(update))
         group.finish_round(self._member, lambda: self._host.compute(lambda: self._step_body(group)))
+
+    def prepare(self, run: Run, update: Update) -> None:
+        """Before a step that rides along with an inference: be allowed to make it, or wait for the group to."""
+        if run.group is not None:
+            run.group.must_hold(self._member)
+            if run.group.together.mode == "client-batch":
+                before = marks(run)
+                self._next_round(run.group, run, update)
+                self.keep(run, before)
 
     def _step_body(self, group: Group) -> None:
         """Make the step of a shared adapter that is due, and keep it."""
@@ -149,6 +163,8 @@ class Stepping:
         meta, group = message.meta, run.group
         assert isinstance(meta, Backward)
         joint = group is not None and group.together.mode == "client-batch"
+        if group is not None:
+            group.must_hold(self._member)
         try:
             run.ledger.check_step(meta.session, run.trainer.step)
             run.trainer.kept(meta.session)
@@ -160,7 +176,7 @@ class Stepping:
         if run.following is not None:
             reply = self._beyond(run, meta, message)
             gradient, further = self._here(reply.tensors["gradient"]), reply.meta.square_norm  # type: ignore[union-attr]
-        asked = _Request(run, message, gradient)
+        asked = self._request(run, message, gradient)
         if group is not None and joint:
             kind = ("backward", group.name)
             return self._host.compute_together(kind, asked, lambda all_: self._joint_backward(group, all_), self._owner)
@@ -226,6 +242,8 @@ class Stepping:
 
     def step(self, run: Run, update: Update) -> Message:
         """Answer an optimiser step on its own."""
+        if run.group is not None:
+            run.group.must_hold(self._member)
         before = marks(run)
         self._host.compute(lambda: self.update(run, update), self._owner)
         self.keep(run, before)
@@ -247,7 +265,7 @@ class Stepping:
             return known
         if run.following is not None:
             run.following(message)
-        asked = _Request(run, message, torch.empty(0))
+        asked = self._request(run, message, torch.empty(0))
         return group.meet("average", self._member, asked, lambda all_: self._average(all_))
 
     def _average(self, asked: dict[str, _Request]) -> dict[str, Any]:
@@ -320,6 +338,9 @@ class Stepping:
         except Exception as error:
             self._host.close_run(self._owner, self._name, forget=isinstance(error, OverBudget), run=run)
             raise
+
+    def _request(self, run: Run, message: Message, tensor: Tensor) -> _Request:
+        return _Request(self._owner, self._name, run, message, self._here(tensor))
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(next(self._host.stage.model.parameters()).device)

@@ -342,7 +342,7 @@ class _Crossing(torch.autograd.Function):
         span.graphs[session] = id(ctx.graph)
         weakref.finalize(ctx.graph, span.graph_gone, session, id(ctx.graph))
         ctx.shape, ctx.dtype = tuple(packed.shape), packed.dtype
-        more = {"positions": positions, "train": True, "dropout": span.training, "weight": float(span.targets)}
+        more = {"positions": positions, "train": True, "dropout": span.training, "weight": span.targets}
         ctx.sent = span.release(span._forward_message(packed, real, session, 0, **more))
         span._left = ctx.sent.tensors["hidden"]
         return span._send(ctx.sent, len(packed))

@@ -45,24 +45,20 @@ class Joint:
         self.body, self._clip = body, clip
         self.waiting: dict[str, Optimizer | None] = {}  # who has contributed to the step; its settings, once it steps
         self.targets: dict[str, float] = {}
+        self._settings: Optimizer | None = (
+            None  # of the group, but for the learning rate: as the first to step had them
+        )
 
     def share(self, name: str) -> Share:
         """A client's part."""
         return Share(self.body, name, lambda update: self._confirm(name, update.optimizer))
 
     def _confirm(self, name: str, settings: Optimizer) -> None:
+        group = self._settings = self._settings or settings
+        if msgspec.structs.replace(settings, lr=group.lr) != group:
+            raise ProtocolError(f"the group's optimiser is {group}, this client's {settings}; give all one [training]")
         if name in self.waiting:
             self.waiting[name] = settings
-
-    def leave(self, name: str) -> None:
-        """The client will not confirm the step; what it has contributed stays."""
-        if self.waiting.get(name, False) is None:
-            del self.waiting[name]
-
-    @property
-    def complete(self) -> bool:
-        """Whether all who contributed have made their step."""
-        return bool(self.targets) and all(settings is not None for settings in self.waiting.values())
 
     def step(self) -> None:
         """Make the step that was contributed to, if any."""
@@ -76,10 +72,7 @@ class Joint:
             self.body.discard()
             return
         rates = {name: settings.lr for name, settings in made.items()}
-        first, *others = made.values()
-        if any(msgspec.structs.replace(other, lr=first.lr) != first for other in others):
-            self.body.discard()
-            raise ProtocolError("the group's clients have other optimisers; give all the same [training]")
+        first = next(iter(made.values()))
         total = sum(weights.values()) or 1.0
         lr = first.lr if len(set(rates.values())) == 1 else sum(rates[n] * w for n, w in weights.items()) / total
         norm = self.body.square_norm() ** 0.5 / all_targets
