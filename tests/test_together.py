@@ -18,14 +18,14 @@ from torch import Tensor
 from conftest import U_SHAPED, credentials, identity
 from noren.adapters.lora import Lora
 from noren.config import Document
-from noren.errors import ConfigError, HandshakeRefused, Overloaded, ProtocolError, TooLate
+from noren.errors import ConfigError, HandshakeRefused, Overloaded, ProtocolError, SessionLost, TooLate
 from noren.parties.client import Client
 from noren.parties.server import SpanServer
 from noren.partition.stage import Stage
 from noren.training.averaging import average
 from noren.training.batches import Row
 from noren.training.loop import Outcome, Progress, Trainer, Training, _targets
-from noren.types import Average, Backward, Enter, Forward, Handler, Leave, Message
+from noren.types import Average, Backward, Enter, Forward, Handler, Leave, Message, Optimizer, Step, Update
 from noren.wire.grpc_server import GrpcServer
 from noren.wire.identity import ensure
 from noren.wire.journal import Journal
@@ -357,6 +357,84 @@ def test_a_group_is_of_one_kind(llama_folder: Path) -> None:
             one.link(Message(Average(step=0, weight=1)))
     with site(llama_folder, "alone", 1) as at, pytest.raises(ProtocolError, match="trains alone"):
         at.client("c0").link(Message(Leave()))
+
+
+def held(at: Site, *asked: Callable[[], Any]) -> list[Any]:
+    """Ask several things so that they wait at the server at the same time; returns answers, or errors."""
+    hold = threading.Event()
+    busy = threading.Thread(target=at.server.compute, args=(lambda: hold.wait(20),))
+    busy.start()
+    with ThreadPoolExecutor(len(asked)) as pool:
+        futures = []
+        for number, one in enumerate(asked):
+            futures.append(pool.submit(one))
+            while at.server.waiting < number + 2:
+                time.sleep(0.001)
+        hold.set()
+        out = [future.exception(timeout=30) or future.result() for future in futures]
+    busy.join()
+    return out
+
+
+def hidden(client: Client, session: str, tokens: int = 3, **more: Any) -> Message:
+    meta = Forward(session=session, start=0, lengths=[tokens], padding="left", **more)
+    return Message(meta, {"hidden": torch.ones(tokens, client._width)})
+
+
+def test_what_is_computed_together_stays_apart(llama_folder: Path) -> None:
+    """One client's request ends sessions of its own, and of nobody else who is computed with it."""
+    with site(llama_folder, "server-hierarchical", 2) as at:
+        one, two = at.client("c0"), at.client("c1")
+        for client in (one, two):
+            client.link(hidden(client, "chat"))
+        asked = [hidden(one, "1.0", train=True), hidden(two, "1.0", train=True, ended=["chat"])]
+        answers = held(at, lambda: one.link(asked[0]), lambda: two.link(asked[1]))
+        assert at.server.passes.together == 2 and all(answer.kind == "hidden" for answer in answers)
+        more = Forward(session="chat", start=3, lengths=[1], padding="left")
+        assert one.link(Message(more, {"hidden": torch.ones(1, one._width)})).kind == "hidden"
+        with pytest.raises(SessionLost):
+            two.link(Message(more, {"hidden": torch.ones(1, two._width)}))
+
+
+def test_no_client_counts_for_more_than_its_tokens(llama_folder: Path) -> None:
+    with site(llama_folder, "client-batch", 1) as at:
+        client = at.client("c0")
+        client.link(hidden(client, "1.0", train=True, weight=1 << 40))
+        client.link(Message(Backward(session="1.0"), {"gradient": torch.ones(3, client._width)}))
+        group = next(iter(at.server.runs.values())).group
+        assert group is not None and group.joint is not None and group.joint.targets == {"c0/run": 3.0}
+
+
+def test_only_whoever_has_the_turn_steps(llama_folder: Path) -> None:
+    update = Update(step=1, scale=1.0, optimizer=Optimizer(name="sgd", lr=0.1))
+    with site(llama_folder, "sequential", 2) as at:
+        one, two = at.client("c0"), at.client("c1")
+        one.link(Message(Enter()))
+        for message in (
+            Message(Step(update=update)),
+            hidden(two, "chat", update=update),
+            hidden(two, "1.0", train=True),
+        ):
+            with pytest.raises(Overloaded, match="another client"):
+                two.link(message)
+        group = next(iter(at.server.runs.values())).group
+        assert group is not None and group.body is not None and group.body.step == 0
+
+
+def test_another_optimiser_than_the_groups_is_refused(llama_folder: Path) -> None:
+    """To the client that has it; the others' step is made."""
+    with site(llama_folder, "client-batch", 2) as at:
+        clients = [at.client("c0"), at.client("c1")]
+        gradient = {"gradient": torch.ones(3, clients[0]._width)}
+        for client in clients:
+            client.link(hidden(client, "1.0", train=True))
+            client.link(Message(Backward(session="1.0"), gradient))
+        kinds = [Optimizer(name="sgd", lr=0.1), Optimizer(name="adamw", lr=0.1)]
+        steps = [Message(Step(update=Update(step=1, scale=1.0, optimizer=kind))) for kind in kinds]
+        assert clients[0].link(steps[0]).kind == "done"
+        with pytest.raises(ProtocolError, match="give all one"):
+            clients[1].link(steps[1])
+        assert at.server.steps == 1
 
 
 def test_a_group_ends_with_its_last_client(llama_folder: Path) -> None:

@@ -155,6 +155,7 @@ def activate(model: nn.Module, adapter: str | None) -> None:
     layers = adapter_layers(model)
     if adapter is not None and not any(_has(layer, adapter) for layer in layers):
         raise SessionLost("this run's adapter is not here any more")
+    by_rows(model, None)
     for layer in layers:
         if adapter is None or not _has(layer, adapter):
             layer.enable_adapters(False)

@@ -172,7 +172,6 @@ class Passes:
         first = passes[0]
         if len({one.run.adapter for one in passes}) == 1:
             first.run.use(dropout=first.dropout)
-            adapters.by_rows(self.stage.model, None)
             return
         self.stage.in_use = None
         self.stage.train(first.dropout)
