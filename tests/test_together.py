@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -394,6 +395,44 @@ def test_what_is_computed_together_stays_apart(llama_folder: Path) -> None:
         assert one.link(Message(more, {"hidden": torch.ones(1, one._width)})).kind == "hidden"
         with pytest.raises(SessionLost):
             two.link(Message(more, {"hidden": torch.ones(1, two._width)}))
+
+
+@pytest.mark.parametrize("mode", ["client-batch", "server-hierarchical"])
+def test_one_client_spoils_nothing_for_those_it_is_computed_with(llama_folder: Path, mode: str) -> None:
+    """A gradient of another shape is refused to its sender; the other's counts, and counts once."""
+    found = []
+    for spoiled in (False, True):
+        with site(llama_folder, mode, 2) as at:
+            clients = [at.client("c0"), at.client("c1")]
+            for client in clients:
+                client.link(hidden(client, "1.0", train=True))
+            good = Message(Backward(session="1.0"), {"gradient": torch.ones(3, 48)})
+            bad = Message(Backward(session="1.0"), {"gradient": torch.ones(2, 48)})
+            if spoiled:
+                refused, answer = held(at, partial(clients[1].link, bad), partial(clients[0].link, good))
+                assert isinstance(refused, ProtocolError) and "for an output" in str(refused)
+            else:
+                answer = clients[0].link(good)
+            trainer = at.server.runs["c0", "run"].trainer
+            found.append({"back": answer.tensors["gradient"]} | trainer.gradients())
+    assert differ(*found) <= 1e-6
+
+
+def test_what_fails_together_is_not_done_again(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients that were added before something broke must not be added once more."""
+    with site(llama_folder, "server-hierarchical", 2) as at:
+        clients, tried = [at.client("c0"), at.client("c1")], list[int]()
+        for client in clients:
+            client.link(hidden(client, "1.0", train=True))
+
+        def breaks(pairs: list[Any]) -> list[Tensor]:
+            tried.append(len(pairs))
+            raise RuntimeError("the machine broke")
+
+        monkeypatch.setattr(at.server.passes, "backward", breaks)
+        message = Message(Backward(session="1.0"), {"gradient": torch.ones(3, 48)})
+        failed = held(at, *[lambda client=client: client.link(message) for client in clients])  # type: ignore[misc]
+        assert all(isinstance(error, Exception) for error in failed) and tried == [2]
 
 
 def test_no_client_counts_for_more_than_its_tokens(llama_folder: Path) -> None:

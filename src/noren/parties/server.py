@@ -22,7 +22,7 @@ import torch
 
 from noren import __version__
 from noren.adapters.lora import Lora
-from noren.errors import ConfigError, HandshakeRefused, OverBudget, Overloaded, SessionLost
+from noren.errors import ConfigError, HandshakeRefused, OverBudget, Overloaded, PeerError, SessionLost
 from noren.inference.sessions import Sessions
 from noren.metrics import current_memory
 from noren.parties.alone import Alone
@@ -131,7 +131,9 @@ class SpanServer:
         with self._counted(owner):
             return self._computer.submit(owner, partial(_without_gradients, work)).result()
 
-    def compute_together(self, kind: Hashable, item: Any, work: Callable[[list[Any]], list[T]], owner: str) -> T:
+    def compute_together(
+        self, kind: Hashable, item: Any, work: Callable[[list[Any]], list[T | PeerError]], owner: str
+    ) -> T:
         """Run `work` as `compute` does, for `item` and those that others of the same kind wait with."""
         with self._counted(owner):
             return self._computer.together(owner, kind, item, partial(_without_gradients, work)).result()

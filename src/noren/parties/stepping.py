@@ -49,7 +49,9 @@ class Host(Protocol):
     def compute(self, work: Callable[[], T], owner: str = "") -> T:
         """Run in the thread that computes, in the owner's turn."""
 
-    def compute_together(self, kind: Hashable, item: Any, work: Callable[[list[Any]], list[T]], owner: str) -> T:
+    def compute_together(
+        self, kind: Hashable, item: Any, work: Callable[[list[Any]], list[T | PeerError]], owner: str
+    ) -> T:
         """Run with others of the kind."""
 
     def close_run(self, owner: str, name: str, *, forget: bool, run: Run | None) -> None:
@@ -103,7 +105,7 @@ class Stepping:
                 kind = ("forward", group.name)
                 out: Tensor = self._host.compute_together(kind, asked, self._forwards, self._owner)
             else:
-                out = self._host.compute(lambda: self._forwards([asked])[0], self._owner)
+                out = self._host.compute(lambda: _only(self._forwards([asked])), self._owner)
             if run.following is not None:
                 onward = trainer.kept(meta.session).onward = Message(meta, {"hidden": out})
                 answer = run.following(onward)
@@ -117,9 +119,11 @@ class Stepping:
         self.keep(run, before, message, answer)
         return answer
 
-    def _forwards(self, asked: list[_Request]) -> list[Tensor]:
-        """Compute what each run asks for, under its own adapter."""
-        return self._host.passes.forward([self._begin(one) for one in asked])
+    def _forwards(self, asked: list[_Request]) -> list[Tensor | PeerError]:
+        """Compute what each run asks for, under its own adapter; an error for those that may not."""
+        begun = [_or_error(lambda one=one: self._begin(one)) for one in asked]  # type: ignore[misc]
+        outs = iter(self._host.passes.forward([one for one in begun if isinstance(one, Pass)]))
+        return [next(outs) if isinstance(one, Pass) else one for one in begun]
 
     def _begin(self, one: _Request) -> Pass:
         meta, run = one.meta, one.run
@@ -184,40 +188,50 @@ class Stepping:
             kind = ("backward", group.name)
             out, norm, gradients = self._host.compute_together(kind, asked, self._backwards, self._owner)
         else:
-            out, norm, gradients = self._host.compute(lambda: self._backwards([asked])[0], self._owner)
+            out, norm, gradients = self._host.compute(lambda: _only(self._backwards([asked])), self._owner)
         answer = Message(Gradient(square_norm=norm + further), {"gradient": out})
         self.keep(run, marks(run), message, answer, gradients=gradients)
         return answer
 
-    def _backwards(self, asked: list[_Request]) -> list[tuple[Tensor, float, dict[str, Tensor]]]:
+    def _backwards(self, asked: list[_Request]) -> list[tuple[Tensor, float, dict[str, Tensor]] | PeerError]:
         """Take each run's gradient back; returns that of its input, the norm of its adapter's, and these themselves."""
-        for one in asked:
-            if one.meta.discard:
+        kept = [_or_error(lambda one=one: _kept(one)) for one in asked]  # type: ignore[misc]
+        pairs = [(part, one.tensor) for part, one in zip(kept, asked, strict=True) if isinstance(part, Pass)]
+        for part, one in zip(kept, asked, strict=True):
+            if isinstance(part, Pass) and one.meta.discard:
                 one.run.trainer.discard()
-        kept = [one.run.trainer.kept(one.meta.session) for one in asked]
-        outs = self._host.passes.backward([(part, one.tensor) for part, one in zip(kept, asked, strict=True)])
-        for one in asked:
-            one.run.trainer.forget(one.meta.session)
-        return [
-            (out, run.trainer.square_norm(), run.trainer.gradients() if run.ledger.durable else {})
-            for out, run in zip(outs, [one.run for one in asked], strict=True)
-        ]
+        outs = iter(self._host.passes.backward(pairs))
+        done: list[tuple[Tensor, float, dict[str, Tensor]] | PeerError] = []
+        for part, one in zip(kept, asked, strict=True):
+            if isinstance(part, PeerError):
+                done.append(part)
+                continue
+            trainer = one.run.trainer
+            trainer.forget(one.meta.session)
+            done.append((next(outs), trainer.square_norm(), trainer.gradients() if one.run.ledger.durable else {}))
+        return done
 
-    def _joint_backward(self, group: Group, asked: list[_Request]) -> list[Message]:
+    def _joint_backward(self, group: Group, asked: list[_Request]) -> list[Message | PeerError]:
         """Take the gradients of a group's clients back through the adapter that they share, and keep all of it."""
         assert group.joint is not None and group.body is not None
         joint, body = group.joint, group.body
-        if any(not one.run.trainer.holds(one.meta.session) for one in asked):
-            raise _too_late(group)
-        kept = [one.run.trainer.kept(one.meta.session) for one in asked]
-        backs = joint.backward(
-            self._host.passes,
-            [Part(one.run.trainer, of, one.tensor, of.targets) for one, of in zip(asked, kept, strict=True)],  # type: ignore[arg-type]
-        )
-        answers = [Message(Gradient(square_norm=0.0), {"gradient": back}) for back in backs]
+        kept = [_or_error(lambda one=one: _kept(one)) for one in asked]  # type: ignore[misc]
+        parts = [
+            Part(one.run.trainer, of, one.tensor, of.targets)  # type: ignore[arg-type]
+            for one, of in zip(asked, kept, strict=True)
+            if isinstance(of, Pass)
+        ]
+        backs = iter(joint.backward(self._host.passes, parts))
+        answers: list[Message | PeerError] = []
+        for of in kept:
+            if isinstance(of, Pass):
+                answers.append(Message(Gradient(square_norm=0.0), {"gradient": next(backs)}))
+            else:
+                answers.append(_too_late(group) if isinstance(of, SessionLost) else of)
         members = [
             (one.run.ledger, one.run.ledger.change(one.message, answer))
             for one, answer in zip(asked, answers, strict=True)
+            if isinstance(answer, Message)
         ]
         gradients = body.gradients() if group.ledger.durable else {}
         own = group.ledger.change(gradients=gradients, about=msgspec.json.encode(joint.targets))
@@ -344,6 +358,28 @@ class Stepping:
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(next(self._host.stage.model.parameters()).device)
+
+
+def _or_error(work: Callable[[], T]) -> T | PeerError:
+    """What comes of one client's part of something that is done for several."""
+    try:
+        return work()
+    except PeerError as error:
+        return error
+
+
+def _only(results: list[T | PeerError]) -> T:
+    [result] = results
+    if isinstance(result, PeerError):
+        raise result
+    return result
+
+
+def _kept(one: _Request) -> Pass:
+    """The pass that a gradient is of. Raises SessionLost, or ProtocolError for one of another shape."""
+    kept = one.run.trainer.kept(one.meta.session)
+    kept.check(one.tensor)
+    return kept
 
 
 def marks(run: Run) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -50,10 +50,13 @@ class Turns:
         """Let `work` be done in the owner's turn. Raises RuntimeError if the thread has been closed."""
         return self._add(owner, _Job(work))
 
-    def together(self, owner: str, kind: Hashable, item: Any, work: Callable[[list[Any]], list[T]]) -> Future[T]:
+    def together(
+        self, owner: str, kind: Hashable, item: Any, work: Callable[[list[Any]], Sequence[T | BaseException]]
+    ) -> Future[T]:
         """Let `work` be done for `item` in the owner's turn, along with what others want of the same kind by then.
 
-        `work` takes all of their items, and returns a result for each; jobs of one kind have the same `work`.
+        `work` takes all of their items, and returns a result or an error for each; jobs of one kind have the same
+        `work`.
         """
         return self._add(owner, _Job(work, item, kind))
 
@@ -109,16 +112,14 @@ class Turns:
 
 
 def _do(jobs: list[_Job]) -> None:
-    """Do one job, or several together; if these fail, each by itself: one must not spoil it for the others."""
+    """Do one job, or several together. What is done together is done once: a result that is an error is one job's."""
     work = jobs[0].work
     try:
         results = [work()] if jobs[0].kind is None else work([job.item for job in jobs])
     except BaseException as error:
-        if len(jobs) == 1:
-            jobs[0].future.set_exception(error)
-        else:
-            for job in jobs:
-                _do([job])
-        return
+        results = [error] * len(jobs)
     for job, result in zip(jobs, results, strict=True):
-        job.future.set_result(result)
+        if isinstance(result, BaseException):
+            job.future.set_exception(result)
+        else:
+            job.future.set_result(result)

@@ -58,6 +58,11 @@ class Pass:
         """Of the input that is kept."""
         return self.frame.hidden.nbytes
 
+    def check(self, gradient: Tensor) -> None:
+        """Raise ProtocolError unless a gradient is of this pass's output."""
+        if tuple(gradient.shape) != self.shape:
+            raise ProtocolError(f"gradient {list(gradient.shape)} for an output {list(self.shape)}")
+
 
 @dataclass(eq=False)
 class _Graph:
@@ -108,8 +113,7 @@ class Passes:
         Those of the adapters are added to what their runs have accumulated.
         """
         for one, gradient in pairs:
-            if tuple(gradient.shape) != one.shape:
-                raise ProtocolError(f"gradient {list(gradient.shape)} for an output {list(one.shape)}")
+            one.check(gradient)
         given = {id(one): gradient for one, gradient in pairs}
         out: dict[int, Tensor] = {}
         for graph in [graph for graph in self._graphs if any(id(one) in given for one in graph.passes)]:
