@@ -29,7 +29,7 @@ import torch
 from noren.config import Document
 from noren.metrics import peak_memory
 from noren.parties.client import Client
-from noren.parties.client import credentials_for as _credentials
+from noren.parties.lines import credentials_for as _credentials
 from noren.training.batches import Row
 from noren.training.loop import Trainer, Training
 from noren.types import Backward, Close, Enter, Forward, Hello, Leave, Message, Optimizer, Status, Update
@@ -70,7 +70,7 @@ class Generator:
         credentials = _credentials(Document(msgspec.structs.replace(
             run.run, keys=msgspec.structs.replace(run.run.keys, name=f"c{number}")), run.base), "client")  # fmt: skip
         self.hello = Message(msgspec.structs.replace(hello, run=f"load{number}"))
-        self.link = GrpcLink(run.run.links["server"], credentials, greet=lambda: self.hello, wire=run.run.wire)
+        self.link = GrpcLink(run.addresses("server")[0], credentials, greet=lambda: self.hello, wire=run.run.wire)
         generator = torch.Generator().manual_seed(number)
         self.hidden, self.gradient = (
             torch.randn(TOKENS, WIDTH, generator=generator).to(torch.bfloat16) for _ in range(2)

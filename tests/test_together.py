@@ -362,14 +362,22 @@ def test_a_group_is_of_one_kind(llama_folder: Path) -> None:
 
 def held(at: Site, *asked: Callable[[], Any]) -> list[Any]:
     """Ask several things so that they wait at the server at the same time; returns answers, or errors."""
-    hold = threading.Event()
-    busy = threading.Thread(target=at.server.compute, args=(lambda: hold.wait(20),))
+    hold, at_work = threading.Event(), threading.Event()
+
+    def keep_busy() -> None:
+        at_work.set()
+        hold.wait(20)
+
+    busy = threading.Thread(target=at.server.compute, args=(keep_busy,))
     busy.start()
+    assert at_work.wait(20)
     with ThreadPoolExecutor(len(asked)) as pool:
         futures = []
         for number, one in enumerate(asked):
             futures.append(pool.submit(one))
-            while at.server.waiting < number + 2:
+            until = time.monotonic() + 20
+            while len(at.server._computer) <= number:
+                assert time.monotonic() < until and not futures[-1].done(), futures[-1]
                 time.sleep(0.001)
         hold.set()
         out = [future.exception(timeout=30) or future.result() for future in futures]

@@ -17,10 +17,11 @@ import msgspec
 from noren.adapters.lora import Lora
 from noren.embedded import MODEL_DIR
 from noren.errors import ConfigError
+from noren.parties.edges import Edges
 from noren.parties.server import Limits
 from noren.training.data import Data
 from noren.training.loop import Training
-from noren.types import Noise, Together
+from noren.types import Noise, Together, joins
 from noren.wire.settings import Doors, Wire
 
 Task = Literal["causal-lm", "sequence-classification", "question-answering"]
@@ -48,7 +49,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     device: str = "auto"  # of this party's layers: "cpu", "cuda", "cuda:1", or "auto": a GPU if there is one
     seed: int = 0
     out: str = "runs/{name}"  # where the run is kept
-    links: dict[str, Address] = {}  # remote party -> "host:port"
+    links: dict[str, Address | list[Address]] = {}  # remote party -> "host:port"; a list: any of them will do
     keys: Keys = Keys()
     data: Data | None = None
     adapter: Lora | None = None
@@ -58,15 +59,17 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     wire: Wire = Wire()
     noise: Noise = Noise()
     together: Together = Together()
+    edges: Edges = Edges()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name):
             raise ValueError(f"name {self.name!r} must be 1 to 64 letters, digits, '.', '_' or '-'")
-        if self.together.mode == "client-batch" and self.training.accumulate > 1:
+        if joins(self.together) and self.training.accumulate > 1:
             raise ValueError(
-                'training.accumulate must be 1 with together.mode = "client-batch": the clients\' batches are joined '
-                "instead"
+                'training.accumulate must be 1 with together.mode = "client-batch" or cloud_adapter = "shared": the '
+                "clients' batches are joined instead"
             )
+        self._check_links()
         parties = {line.split()[0] for line in self.plan if line.split()}
         adapter = self.adapter or Lora()
         for where, named in (
@@ -76,6 +79,24 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         ):
             if unknown := sorted(set(named) - parties):
                 raise ValueError(f"{where} names {unknown[0]!r}; the plan's parties are {', '.join(sorted(parties))}")
+
+    def _check_links(self) -> None:
+        """Only the party that clients connect to can be one of several, each with a replica of the adapter."""
+        names = [line.split()[0] for line in self.plan if line.split()]
+        for party, where in self.links.items():
+            if isinstance(where, str):
+                continue
+            if not where:
+                raise ValueError(f"links.{party} is empty; give an address, or several")
+            if len(where) > 1 and party != names[min(1, len(names) - 1)]:
+                raise ValueError(
+                    f"links.{party} has several addresses; only the first party after the client can have more than one"
+                )
+            if len(where) > 1 and self.together.mode not in ("alone", "server-hierarchical"):
+                raise ValueError(
+                    f"links.{party} has several addresses, which cannot share one adapter; with them together.mode "
+                    'is "server-hierarchical" or "alone"'
+                )
 
 
 class Document:
@@ -116,6 +137,11 @@ class Document:
             return str(MODEL_DIR)
         local = self.path(self.run.model)
         return str(local) if local.is_dir() or self.run.model.startswith((".", "/", "~")) else self.run.model
+
+    def addresses(self, party: str) -> list[str]:
+        """Where a party can be reached; [] if the document does not say."""
+        where = self.run.links.get(party, [])
+        return [where] if isinstance(where, str) else list(where)
 
     @property
     def out(self) -> Path:
@@ -167,6 +193,7 @@ def _fields(place: str) -> list[str]:
         "wire": Wire,
         "noise": Noise,
         "together": Together,
+        "edges": Edges,
     }.get(place)
     if owner is None:
         return []

@@ -28,11 +28,17 @@ Rows = Annotated[list[Count], msgspec.Meta(max_length=65_536)]
 """One number for each sequence of a batch."""
 Beta = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Amount = Annotated[float, msgspec.Meta(ge=0)]
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of the protocol; both ends must have the same."""
 
 Label = Annotated[str, msgspec.Meta(max_length=200)]
 """A name that a peer chose: a label, never a path."""
+
+TOKEN = 32
+"""Characters of one party's part of a resume token: those of the parties beyond follow."""
+
+KEPT = "kept/"
+"""Begins the names of what an edge sends along: its adapter and moments, for whoever takes its place."""
 
 
 class Meta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
@@ -65,6 +71,14 @@ class Together(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     every: Annotated[int, msgspec.Meta(ge=1, le=1 << 30)] = 10  # server-hierarchical: steps between averages
     weights: Literal["tokens", "samples"] = "tokens"  # server-hierarchical: what a replica's weight counts
     ends: bool = False  # server-hierarchical: average the clients' own adapters too, which then leave them
+    cloud_adapter: Literal["replica", "shared"] = "replica"  # server-hierarchical: of the last party
+    at_once: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0  # server-hierarchical: clients in a round; 0: all
+
+
+def joins(together: Together) -> bool:
+    """Whether what the clients send is joined into one batch, at one party at least."""
+    shared = together.mode == "server-hierarchical" and together.cloud_adapter == "shared"
+    return shared or together.mode == "client-batch"
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -82,6 +96,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     noise: Noise = Noise()  # what the client does to what it sends
     logs: Literal["metadata", "debug"] = "metadata"  # what a party may write down: never contents, unless "debug"
     together: Together = Together()
+    replaceable: bool = False  # parties between keep their state at the last one too: another may take their place
 
 
 class Hello(Meta, frozen=True, kw_only=True, tag="hello"):
@@ -92,6 +107,8 @@ class Hello(Meta, frozen=True, kw_only=True, tag="hello"):
     terms: Terms
     resume: Label = ""  # `Welcome.incarnation` of the state to go on with; without it the run begins anew
     own: dict[Label, list[Count]] = {}  # shapes of the client's own adapters, if `Average` is to carry them
+    before: dict[Label, list[Count]] = {}  # from an edge: shapes of what the parties before this one train for the run
+    moved: bool = False  # go on at a party that does not hold the run, or was told of it by another; see parties.moving
 
 
 class Welcome(Meta, frozen=True, kw_only=True, tag="welcome"):
@@ -239,6 +256,7 @@ class Pull(Meta, frozen=True, kw_only=True, tag="pull"):
     """Ask for the remote adapters, under the whole model's names. Answer: `State`."""
 
     optimizer: bool = False  # also the optimiser's moments, for a checkpoint
+    kept: bool = False  # from an edge: instead, what the parties before have kept here (see KEPT)
 
 
 class Push(Meta, frozen=True, kw_only=True, tag="push"):

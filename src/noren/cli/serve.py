@@ -43,7 +43,7 @@ def serve(
     from noren.config import Document
     from noren.errors import ConfigError, PlanError
     from noren.parties import fitness
-    from noren.parties.client import credentials_for, pick_device
+    from noren.parties.lines import credentials_for, pick_device
     from noren.parties.server import SpanServer
     from noren.partition.stage import Stage, open_slice
     from noren.wire.grpc_server import GrpcServer
@@ -57,7 +57,10 @@ def serve(
     if party not in names[1:]:
         what = "is the client, which is not served" if party in names else "has no layers in the plan"
         raise PlanError(f"plan: {party!r} {what}; --party can be {', '.join(names[1:])}")
-    address = listen or settings.links.get(party, "")
+    addresses = document.addresses(party)
+    if len(addresses) > 1 and not listen:
+        raise ConfigError(f"links: {party!r} has {len(addresses)} addresses; say which this one is, with --listen")
+    address = listen or "".join(addresses)
     credentials = credentials_for(document, party, insecure=insecure)
     credentials.check("server")
     part = open_slice(document.model, settings.plan, party, settings.task)
@@ -124,7 +127,7 @@ def following(document: Document, plan: Plan, party: str, *, insecure: bool) -> 
     import msgspec
 
     from noren.errors import ConfigError
-    from noren.parties.client import credentials_for
+    from noren.parties.lines import credentials_for
     from noren.types import Hello
     from noren.wire.grpc_link import GrpcLink
 
@@ -132,8 +135,8 @@ def following(document: Document, plan: Plan, party: str, *, insecure: bool) -> 
     if party == names[-1]:
         return None
     following = names[names.index(party) + 1]
-    address = document.run.links.get(following)
-    if address is None:
+    addresses = document.addresses(following)
+    if not addresses:
         raise ConfigError(f"links: no address for {following!r}, which comes after {party!r}; add it under [links]")
     credentials = credentials_for(document, party, insecure=insecure)
     credentials.check("client")
@@ -144,6 +147,6 @@ def following(document: Document, plan: Plan, party: str, *, insecure: bool) -> 
         wire = msgspec.structs.replace(
             document.run.wire, activations=hello.terms.activations, gradients=hello.terms.gradients
         )
-        return GrpcLink(address, credentials, greet=greet, greeted=greeted, expect=expect, wire=wire)
+        return GrpcLink(addresses[0], credentials, greet=greet, greeted=greeted, expect=expect, wire=wire)
 
     return line

@@ -21,7 +21,9 @@ from noren.adapters.lora import Lora
 from noren.config import Document
 from noren.errors import ConfigError, HandshakeRefused, LinkError, ModelError, PeerError, ProtocolError, SessionLost
 from noren.parties import fitness
+from noren.parties.edges import AnyOf
 from noren.parties.labels import set_labels
+from noren.parties.lines import line_to, pick_device, replaceable
 from noren.parties.policy import Policy, read_policy
 from noren.parties.remote_state import RemoteState
 from noren.partition.blocks import tail_module
@@ -30,11 +32,24 @@ from noren.partition.remote import RemoteSpan
 from noren.partition.stage import new_heads, open_slice
 from noren.privacy.release import Releases
 from noren.training.loop import Remote
-from noren.types import PROTOCOL, Close, Done, Handler, Hello, Message, Pull, Push, State, Terms, Welcome, guarded
+from noren.types import (
+    PROTOCOL,
+    TOKEN,
+    Close,
+    Done,
+    Handler,
+    Hello,
+    Message,
+    Pull,
+    Push,
+    State,
+    Terms,
+    Welcome,
+    guarded,
+)
 from noren.wire.codecs.delta import DeltaSender
 from noren.wire.envelope import Expect
 from noren.wire.grpc_link import GrpcLink, any_answer
-from noren.wire.identity import Credentials, Insecure
 from noren.wire.journal import Journal
 from noren.wire.local import LocalLink
 from noren.wire.schema import Schema
@@ -43,24 +58,6 @@ from noren.wire.traffic import Traffic
 
 ADAPTER = "default"
 log = logging.getLogger("noren.client")
-
-
-def pick_device(wanted: str) -> torch.device:
-    """Return the device that a document asks for; "auto" is a GPU if there is one. Raises ConfigError."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=wanted).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {wanted!r} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def credentials_for(document: Document, party: str, *, insecure: bool = False) -> Credentials | Insecure:
-    """Return the certificate that a party of the run presents; with `insecure`, none: the line is plain text."""
-    if insecure:
-        return Insecure()
-    folder, name = document.path(document.run.keys.dir), document.run.keys.name or party
-    return Credentials(ca=folder / "ca.crt", certificate=folder / f"{name}.crt", key=folder / f"{name}.key")
 
 
 class Client:
@@ -90,6 +87,7 @@ class Client:
         self._schema: Schema | None = None
         self._own: dict[str, list[int]] = {}  # shapes of this party's own adapters, if they are to be averaged
         self._closed, self._lost = False, ""
+        self._replaceable = replaceable(document, self.part.plan)
         self._pushed: tuple[dict[str, Tensor], int] | None = None
         device = pick_device(run.device)
         self.link = self._connect(handler)
@@ -110,7 +108,7 @@ class Client:
         delta = DeltaSender(run.wire.delta_bytes) if run.wire.activations == DELTA else None
         self.releases = Releases(
             run.noise, most=self.policy.most_vectors, journal=self.journal, run=run.name, delta=delta,
-            rule=self.policy.where("most_vectors"),
+            rule=self.policy.where("most_vectors"), steps=2 if self._replaceable else 1,
         )  # fmt: skip
         ask = guarded(self.ask, self.releases.compactly)
         self.hf = build_client(self.part, ask, getattr(torch, run.dtype), run.seed).to(device)
@@ -130,17 +128,12 @@ class Client:
                 self.link(Message(Close()))
         self.link.close()
 
-    def _connect(self, handler: Handler | None) -> GrpcLink | LocalLink:
+    def _connect(self, handler: Handler | None) -> GrpcLink | LocalLink | AnyOf:
         if handler is not None:
             return LocalLink(handler, wire=self.document.run.wire, expect=self._expect)
-        party = self.part.plan.remote[0].party
-        address = self.document.run.links.get(party)
-        if address is None:
-            raise ConfigError(f'links: no address for the party {party!r}; add `{party} = "host:port"` under [links]')
-        credentials = credentials_for(self.document, self.part.party, insecure=self._insecure)
-        return GrpcLink(
-            address, credentials, greet=self.hello, greeted=self._reconnected, expect=self._expect,
-            wire=self.document.run.wire,
+        return line_to(
+            self.document, self.part.plan, greet=self.hello, greeted=self._reconnected, expect=self._expect,
+            insecure=self._insecure,
         )  # fmt: skip
 
     def _expect(self, asked: Message) -> Expect:
@@ -159,8 +152,9 @@ class Client:
                     lora=self.lora.canonical() if self.lora else "", seed=run.seed,
                     activations=run.wire.activations, gradients=run.wire.gradients, noise=run.noise,
                     delta_bytes=run.wire.delta_bytes if run.wire.activations == DELTA else 0, together=run.together,
+                    replaceable=self._replaceable,
                 ),
-                resume=self._resume, own=self._own,
+                resume=self._resume, own=self._own, moved=self._replaceable and bool(self._resume),
             )
         )  # fmt: skip
 
@@ -187,6 +181,11 @@ class Client:
             raise HandshakeRefused(f"{self.link_name} now offers other adapters than before; start the run again")
         self._schema = schema
         return welcome
+
+    def same_run(self, incarnation: str) -> bool:
+        """Whether the remote parties still hold the run of a resume token; the first of them may be another one."""
+        mine = self.welcome.incarnation
+        return mine == incarnation or (self._replaceable and mine[TOKEN:] == incarnation[TOKEN:] != "")
 
     @property
     def _width(self) -> int:
@@ -221,6 +220,11 @@ class Client:
         welcome = self._accepted(answer)
         if welcome.incarnation == self.welcome.incarnation:
             return ()
+        before, self.welcome = self.welcome, welcome
+        if self.same_run(before.incarnation):
+            self._enter(welcome)
+            return self.link.sent.after(welcome.step) if isinstance(self.link, AnyOf) else ()
+        self.welcome = before
         steps = self.span.steps
         if self._pushed is not None and self._pushed[1] == steps.applied and steps.idle:
             self._enter(welcome)

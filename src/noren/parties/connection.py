@@ -12,12 +12,15 @@ from torch import Tensor
 
 from noren.errors import HandshakeRefused, ProtocolError, SessionLost
 from noren.inference.sessions import Sessions
+from noren.parties.averages import Averages
 from noren.parties.groups import group_of
+from noren.parties.kept import as_kept, split_kept
 from noren.parties.runs import Run, onward_hello
 from noren.parties.stepping import Host as Training
 from noren.parties.stepping import Stepping, marks
 from noren.partition.stage import Frame
 from noren.types import (
+    KEPT,
     PROTOCOL,
     Average,
     Backward,
@@ -43,6 +46,8 @@ from noren.wire.identity import Identity
 from noren.wire.schema import Schema, nothing_agreed
 
 T = TypeVar("T")
+ANONYMOUS = "anonymous"
+"""Whoever connects in plain text, an edge too."""
 
 
 class Host(Training, Protocol):
@@ -57,7 +62,7 @@ class Host(Training, Protocol):
     def go(self) -> None:
         """Count a connection off."""
 
-    def open_run(self, owner: str, hello: Hello, number: int) -> Run:
+    def open_run(self, owner: str, hello: Hello, number: int, *, edge: bool) -> Run:
         """Open a run for the connection of that number; `release` it."""
 
     def release(self, run: Run) -> None:
@@ -75,6 +80,7 @@ class Connection:
 
     def __init__(self, host: Host, owner: Identity) -> None:
         self._host, self._owner = host, owner.name
+        self._edge = owner.role == "edge" or owner.name == ANONYMOUS
         self._run: Run | None = None
         self._schema: Schema | None = None
         self._name = ""
@@ -120,11 +126,11 @@ class Connection:
                 case Backward():
                     return stepping.backward(run, message)
                 case Step():
-                    return stepping.step(run, meta.update)
+                    return stepping.step(run, message)
                 case Enter() | Leave():
                     return self._take_part(run, message)
                 case Average():
-                    return stepping.average(run, message)
+                    return Averages(self._host, stepping)(run, message)
                 case Pull():
                     return self._pull(run, message)
                 case Push():
@@ -155,20 +161,26 @@ class Connection:
         given up on that line, greets on the next. So connections are numbered as they come, and an older one does not
         begin a run anew that a later one has opened.
         """
-        run = self._host.open_run(self._owner, hello, self._number)
+        if hello.before and not self._edge:
+            raise HandshakeRefused("only an edge has parties before it; connect as the client that you are")
+        run = self._open(hello)
         entered = False
         try:
-            if hello.own and hello.own != run.begun.hello.own:
-                run.begun = msgspec.structs.replace(run.begun, hello=hello)
+            known = run.begun.hello
+            if (hello.own or known.own, hello.before) != (known.own, known.before):
+                told = msgspec.structs.replace(known, own=hello.own or known.own, before=hello.before)
+                run.begun = msgspec.structs.replace(run.begun, hello=told)
                 run.ledger.begin(run.begun)
             incarnation = run.begun.incarnation
             if run.following is not None:
                 further = self._hello_beyond(run)
                 if run.begun.next_incarnation not in ("", further.incarnation):  # the next party lost this run
                     self._host.release(run)
-                    run = self._host.open_run(self._owner, msgspec.structs.replace(hello, resume=""), self._number)
+                    run = self._open(msgspec.structs.replace(hello, resume=""))
                     further = self._hello_beyond(run)
                 run.further = further.adapter
+                if run.moving:
+                    self._move_in(run, further)
                 if run.begun.next_incarnation != further.incarnation:
                     run.begun = msgspec.structs.replace(run.begun, next_incarnation=further.incarnation)
                     run.ledger.begin(run.begun)
@@ -190,6 +202,22 @@ class Connection:
                 adapter=run.adapter, step=run.trainer.step, incarnation=incarnation,
             )
         )  # fmt: skip
+
+    def _open(self, hello: Hello) -> Run:
+        return self._host.open_run(self._owner, hello, self._number, edge=self._edge)
+
+    def _move_in(self, run: Run, further: Welcome) -> None:
+        """Go on with the state of the edge whose place this one takes, as the last party keeps it."""
+        assert run.following is not None
+        state, own = run.following(Message(Pull(kept=True))), run.trainer.shapes()
+        kept = {name.removeprefix(KEPT): tensor for name, tensor in state.tensors.items()}
+        mine = {name: tensor for name, tensor in kept.items() if _base_name(name) in own}
+        if further.step and own.keys() - mine.keys():
+            raise SessionLost(f"what {self._host.stage.party!r} had learned is kept nowhere; go back to a checkpoint")
+        if further.step:
+            self._compute(lambda: run.trainer.restore(mine, {}, further.step))
+            run.ledger.keep(step=further.step, state=mine)
+        run.moving = False
 
     def _hello_beyond(self, run: Run) -> Welcome:
         assert run.following is not None
@@ -229,30 +257,38 @@ class Connection:
                 return stage(frame.padded(), frame.real, positions=frame.positions, keep=keep)
 
         if meta.update is not None:
-            stepping.prepare(run, meta.update)
+            stepping.prepare(run, message, meta.update)
         before = marks(run)
         try:
             out = self._compute(work)
         finally:
-            stepping.keep(run, before)
+            stepping.keep(run, before, message)
         if run.following is not None:
-            return run.following(Message(meta, {"hidden": frame.packed(out)}))
+            kept = stepping.kept_beyond(run, message, meta.update)
+            return run.following(Message(meta, {"hidden": frame.packed(out)} | kept))
         return _hidden(frame, out)
 
     def _take_part(self, run: Run, message: Message) -> Message:
         """Take part in the group's training, or no more."""
-        group, member = group_of(run), f"{self._owner}/{self._name}"
-        if isinstance(message.meta, Enter):
-            group.enter(member)
-        else:
-            group.leave(member)
+        group, member = group_of(run), run.member
         if run.following is not None:
             run.following(message)
+        if not isinstance(message.meta, Enter):
+            group.leave(member)
+        elif run.following is None or group.mode != "server-hierarchical":  # else the last party lets in
+            group.enter(member)
         return Message(Done(step=run.trainer.step))
 
     def _pull(self, run: Run, message: Message) -> Message:
         assert isinstance(message.meta, Pull)
         optimizer = message.meta.optimizer
+        if message.meta.kept:
+            if not run.before:
+                raise ProtocolError("there is no party before this one, so it has kept nothing here")
+            if run.following is not None:
+                return Message(State(step=run.trainer.step), run.following(message).tensors)
+            before = {f"{KEPT}{name}": tensor for name, tensor in run.ledger.before().items()}
+            return Message(State(step=run.trainer.step), before)
         tensors = self._compute(lambda: run.trainer.state(optimizer=optimizer))
         if run.following is not None:
             tensors |= dict(run.following(message).tensors)
@@ -262,19 +298,22 @@ class Connection:
         if run.group is not None and run.group.body is not None:
             raise ProtocolError("this adapter is shared with others, so it cannot be set; name another group")
 
+        kept, pushed = split_kept(message)
+
         def work() -> dict[str, Tensor]:
-            run.trainer.load(dict(message.tensors), meta.step)
+            run.trainer.load(pushed, meta.step)
             return run.trainer.state(optimizer=True)
 
         try:
-            run.ledger.keep(step=meta.step, state=self._compute(work))
+            state = self._compute(work)
+            run.ledger.keep(step=meta.step, state=state, before=kept)
         except Exception:
             self._host.close_run(self._owner, self._name, forget=False, run=run)
             raise
         if run.following is not None:
             own = run.trainer.shapes().keys()
             onward = {n: t for n, t in message.tensors.items() if _base_name(n) not in own}
-            run.following(Message(meta, onward))
+            run.following(Message(meta, onward | (as_kept(state) if run.replaceable else {})))
         return Message(Done(step=meta.step))
 
     def _close(self, run: Run, meta: Close, message: Message) -> Message:

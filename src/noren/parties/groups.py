@@ -16,14 +16,22 @@ import msgspec
 
 from noren.errors import HandshakeRefused, Overloaded, ProtocolError
 from noren.parties.ledger import Begun, Ledger
+from noren.partition.plan import Plan
 from noren.training.joint import Joint
 from noren.training.span_trainer import SpanTrainer
-from noren.types import PROTOCOL, Hello, Terms
+from noren.types import PROTOCOL, Hello, Terms, Together, joins
 from noren.wire.journal import Journal
 
 T = TypeVar("T")
 SHARED = ("sequential", "client-batch")
 """Modes in which all clients train one adapter."""
+
+
+def mode_at(plan: Plan, party: str, together: Together) -> str:
+    """How a party trains a group: as the group does, but that the last of several may have one adapter for all."""
+    return "client-batch" if joins(together) and plan.remote[-1].party == party else together.mode
+
+
 RETRY = 0.5
 LOOK = 0.1
 """Seconds after which a waiting client looks again who is still there."""
@@ -55,18 +63,19 @@ class Group:
         self,
         name: str,
         terms: Terms,
+        mode: str,
         body: SpanTrainer | None,
         ledger: Ledger,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.name, self.terms, self.together = name, terms, terms.together
+        self.name, self.terms, self.together, self.mode = name, terms, terms.together, mode
         self.body, self.ledger, self._clock = body, ledger, clock
         self.joint = Joint(body, self.together.clip) if body is not None else None
         self.runs: dict[str, Run] = {}
         present, self._holder = ledger.group()
         self._present = set(present)  # who takes part now
         self._asked: dict[str, float] = {}  # sequential: who wants to be next, and when it last said so
-        self._started, self._begun = False, clock()
+        self._started, self._begun = bool(self._present or self._holder), clock()
         self._meetings: dict[Hashable, _Meeting] = {}
         self._round, self._until, self._making = 0, 0.0, False  # client-batch: of the step that is due
         self._change = threading.Condition()
@@ -99,7 +108,7 @@ class Group:
             if not self._started:
                 here, wanted = len(self.runs), self.together.clients
                 raise Overloaded(f"{here} of the {wanted} clients of group {self.together.group!r} are here", RETRY)
-            if self.together.mode == "sequential":
+            if self.mode == "sequential":
                 self._take_turn(member)
             if member not in self._present:
                 self._present.add(member)
@@ -128,7 +137,7 @@ class Group:
 
     def must_hold(self, member: str) -> None:
         """Raise Overloaded unless it is this client's turn, as far as there are turns."""
-        if self.together.mode == "sequential":
+        if self.mode == "sequential":
             self.enter(member)
 
     def leave(self, member: str) -> None:
@@ -183,11 +192,6 @@ class Group:
         with self._change:
             self._change.notify_all()
         return self._outcome(meeting, member)
-
-    def confirm(self, note: Callable[[], None]) -> None:
-        """Note that a client makes its step."""
-        with self._change:
-            note()
 
     def notice(self) -> None:
         """Somebody has contributed to the step: whoever waits for it looks again."""
@@ -247,8 +251,9 @@ class Groups:
         make: Callable[[str, Terms], Any],
         compute: Callable[..., Any],
         journal: Journal | None,
+        mode: Callable[[Together], str],
     ) -> None:
-        self._make, self._compute, self._journal = make, compute, journal
+        self._make, self._compute, self._journal, self._mode = make, compute, journal, mode
         self._groups: dict[str, tuple[Group, int]] = {}  # with how many are in it
         self._lock = threading.Lock()
 
@@ -265,15 +270,15 @@ class Groups:
 
     def _open(self, name: str, terms: Terms) -> Group:
         """A group that is not in memory: as the journal has it, or new."""
-        ledger = Ledger(self._journal, name)
-        if terms.together.mode not in SHARED:
-            return Group(name, terms, None, ledger)
+        ledger, mode = Ledger(self._journal, name), self._mode(terms.together)
+        if mode not in SHARED:
+            return Group(name, terms, mode, None, ledger)
         saved, body = ledger.saved(), self._make(name, terms)
         if saved is None or saved.begun.hello.terms != terms:
             ledger.forget()
             ledger.begin(Begun(hello=Hello(protocol=PROTOCOL, run="group", terms=terms), incarnation=""))
-            return Group(name, terms, body, ledger)
-        group = Group(name, terms, body, ledger)
+            return Group(name, terms, mode, body, ledger)
+        group = Group(name, terms, mode, body, ledger)
         self._compute(lambda: body.restore(saved.state, saved.gradients, saved.step))
         assert group.joint is not None
         group.joint.targets = msgspec.json.decode(saved.about, type=dict[str, float])

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from safetensors.torch import load as load_tensors
@@ -40,6 +41,7 @@ class Begun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     hello: Hello
     incarnation: str
     next_incarnation: str = ""
+    member: str = ""  # the run's name among those of its group; the same for good
 
 
 class _Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -122,6 +124,23 @@ class Ledger:
         """Keep who takes part, and whose turn it is."""
         keep_all([(self, Change({"group": Draft(msgspec.json.encode((present, holder)))}))])
 
+    def before(self) -> dict[str, Tensor]:
+        """Return the state of the parties before this one, as they sent it last; {} if they did not."""
+        found = self._read("before")
+        return load_tensors(bytes(found.body or b"")) if found is not None else {}
+
+    def again(self) -> Change:
+        """Return what begins the unfinished step again: its gradients and answers go. An average has been made."""
+        return Change({}, [k for k in self._keys() if k == "gradients" or (k.startswith("answer/") and
+                           not k.startswith("answer/average."))])  # fmt: skip
+
+    def rename(self, run: str) -> None:
+        """Go on under another name; what is kept there is replaced."""
+        with self._lock:
+            if self._journal is not None:
+                self._journal.rename(self._run, run)
+            self._run = run
+
     def answer(self, request: Message) -> Message | None:
         """Return what was answered to the same request before, None if it is new.
 
@@ -153,20 +172,9 @@ class Ledger:
                 + ("that step is over" if wanted <= step else "continue from the last checkpoint")
             )
 
-    def keep(
-        self,
-        request: Message | None = None,
-        answer: Message | None = None,
-        *,
-        step: int | None = None,
-        state: Mapping[str, Tensor] | None = None,
-        gradients: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Keep an answer and the state that it goes with, all or nothing.
-
-        `step`: an optimiser step was applied, which gave `state`; what was kept for the steps before is dropped.
-        """
-        keep_all([(self, self.change(request, answer, step=step, state=state, gradients=gradients))])
+    def keep(self, request: Message | None = None, answer: Message | None = None, **state: Any) -> None:
+        """Keep an answer and the state that it goes with (see `change`), all or nothing."""
+        keep_all([(self, self.change(request, answer, **state))])
 
     def change(
         self,
@@ -177,9 +185,16 @@ class Ledger:
         state: Mapping[str, Tensor] | None = None,
         gradients: Mapping[str, Tensor] | None = None,
         about: bytes = b"{}",
+        before: Mapping[str, Tensor] | None = None,
     ) -> Change:
-        """Return what `keep` would write, for `keep_all`."""
+        """Return an answer and the state that it goes with as they are to be kept, all or nothing, by `keep_all`.
+
+        `step`: an optimiser step was applied, which gave `state`; what was kept for the steps before is dropped.
+        `about`: the gradients, in words. `before`: the state of the parties before this one, after the same step.
+        """
         puts: dict[str, Draft] = {}
+        if before:
+            puts["before"] = Draft(b"{}", save_tensors(dict(before)))
         drop: list[str] = []
         if step is not None:
             puts["state"] = Draft(msgspec.json.encode(_Step(step=step)), save_tensors(dict(state or {})))

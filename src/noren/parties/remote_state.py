@@ -11,10 +11,11 @@ from torch import Tensor
 
 from noren.config import Document
 from noren.errors import Overloaded, ProtocolError
+from noren.parties.edges import AnyOf
 from noren.partition.remote import RemoteSpan
 from noren.privacy.release import Releases
 from noren.training.loop import Remote
-from noren.types import Average, Enter, Handler, Leave, Message, State, Together, Update, Welcome
+from noren.types import Average, Enter, Handler, Leave, Message, State, Together, Update, Welcome, joins
 
 log = logging.getLogger("noren.client")
 
@@ -36,6 +37,9 @@ class Client(Protocol):
 
     def push(self, tensors: dict[str, Tensor], step: int) -> None:
         """Set them."""
+
+    def same_run(self, incarnation: str) -> bool:
+        """Whether the remote parties still hold the run of a resume token."""
 
     def own_state(self) -> dict[str, Tensor]:
         """Return the client's own adapters."""
@@ -66,7 +70,7 @@ class RemoteState(Remote):
         """Say which rows the next forward pass is of, and how many targets the step's loss is a mean over."""
         if numbers is not None:
             self._client.releases.samples = numbers
-        self._client.span.targets = targets if self._together.mode == "client-batch" else 0
+        self._client.span.targets = targets if joins(self._together) else 0
 
     @property
     def _together(self) -> Together:
@@ -113,9 +117,14 @@ class RemoteState(Remote):
         """Go on from there; False if the remote parties hold another state by now."""
         client, was = self._client, msgspec.json.decode(position, type=_Position)
         ahead = was.applied + (was.pending is not None and was.pending.optimizer is not None)
-        if client.welcome.incarnation != was.incarnation or not was.applied <= client.welcome.step <= ahead:
+        if not client.same_run(was.incarnation) or not was.applied <= client.welcome.step <= ahead:
             return False
         client.span.steps.restart(was.applied, was.pending)
+        if client.welcome.incarnation != was.incarnation and isinstance(client.link, AnyOf):
+            for message in client.releases.sent():
+                client.link.sent.note(message)
+            for message in client.link.sent.after(client.welcome.step):
+                client.link(message)
         return True
 
 

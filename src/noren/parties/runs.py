@@ -48,12 +48,14 @@ class Run:
     trainer: SpanTrainer | Share
     ledger: Ledger
     begun: Begun
+    member: str = ""  # its name among the runs of its group
     opener: int = 0  # number of the latest connection that has opened it
     following: Handler | None = None
     further: dict[str, list[int]] = field(default_factory=dict)  # adapters of the parties beyond
     connections: int = 0
     left: float = 0.0
     closed: bool = False
+    moving: bool = False  # this party has just taken another's place, and has not asked the next one for its state yet
     group: Group | None = None  # with whom it trains
     deltas: DeltaReceiver | None = None  # what this party holds of the client's samples, under "delta"
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -62,6 +64,23 @@ class Run:
     def adapter(self) -> dict[str, list[int]]:
         """Shapes of all that is trained for this run, here and beyond."""
         return self.trainer.shapes() | self.further
+
+    @property
+    def replaceable(self) -> bool:
+        """Whether this party, which has another after it, keeps its state there too."""
+        return self.begun.hello.terms.replaceable and self.following is not None and bool(self.trainer.shapes())
+
+    @property
+    def before(self) -> dict[str, list[int]]:
+        """Shapes of what the parties before this one train for the run."""
+        return self.begun.hello.before
+
+    @property
+    def told(self) -> dict[str, list[int]]:
+        """Shapes of what this party trains for the run, as far as the next one needs to know them."""
+        terms = self.begun.hello.terms
+        tell = terms.replaceable or terms.together.mode == "server-hierarchical"
+        return self.trainer.shapes() if tell else {}
 
     def values(self, message: Message, stage: Stage) -> Message:
         """Return a training pass with the values that its differences stand for; as it is if it has none.
@@ -82,14 +101,17 @@ class Run:
 
     def onward_schema(self, stage: Stage, asked: Message) -> Expect:
         """What the next party's answer to a message may look like."""
-        return any_answer(asked) if asked.kind == "hello" else self._schema(stage, 1 << 30, self.further).answer(asked)
+        if asked.kind == "hello":
+            return any_answer(asked)
+        return self._schema(stage, 1 << 30, self.further, onward=True).answer(asked)
 
-    def _schema(self, stage: Stage, tokens: int, adapter: dict[str, list[int]]) -> Schema:
-        terms = self.begun.hello.terms
+    def _schema(self, stage: Stage, tokens: int, adapter: dict[str, list[int]], *, onward: bool = False) -> Schema:
+        terms, before = self.begun.hello.terms, self.before
         back = None if stage.plan.holds_head(stage.plan.remote[-1].party) else stage.hidden_size
         return Schema(
             dtype=dtype_name(stage.dtype), width=stage.hidden_size, back=back, activations=terms.activations,
             gradients=terms.gradients, adapter=adapter, tokens=tokens, own=self.begun.hello.own,
+            before=before | self.told if onward else before,
         )  # fmt: skip
 
 
@@ -113,7 +135,7 @@ def label_of(owner: str, run: str) -> str:
 
 def continues(hello: Hello, before: Begun) -> bool:
     """Whether a hello goes on with a run. Raises HandshakeRefused if it does so under other terms."""
-    if not hello.resume.startswith(before.incarnation):
+    if not before.incarnation or not hello.resume.startswith(before.incarnation):
         return False
     if odd := [k for k in Terms.__struct_fields__ if getattr(hello.terms, k) != getattr(before.hello.terms, k)]:
         raise HandshakeRefused(
@@ -128,7 +150,11 @@ def onward_hello(owner: str, run: Run) -> Message:
     name = f"{owner}/{hello.run}"
     if len(name) > 200:
         name = f"{owner}/{hashlib.sha256(name.encode()).hexdigest()}"
-    return Message(msgspec.structs.replace(hello, run=name, resume=run.begun.next_incarnation))
+    return Message(
+        msgspec.structs.replace(
+            hello, run=name, resume=run.begun.next_incarnation, before=run.before | run.told, moved=run.moving
+        )
+    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

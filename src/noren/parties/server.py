@@ -7,10 +7,8 @@ apart by the owner that the transport names, never by a field of a message. What
 from __future__ import annotations
 
 import itertools
-import sys
 import threading
 import time
-import uuid
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -22,14 +20,13 @@ import torch
 
 from noren import __version__
 from noren.adapters.lora import Lora
-from noren.errors import ConfigError, HandshakeRefused, OverBudget, Overloaded, PeerError, SessionLost
+from noren.errors import ConfigError, HandshakeRefused, Overloaded, PeerError
 from noren.inference.sessions import Sessions
 from noren.metrics import current_memory
-from noren.parties.alone import Alone
 from noren.parties.connection import Connection
-from noren.parties.groups import Group, Groups
-from noren.parties.ledger import Begun, Ledger
-from noren.parties.runs import Following, Onward, Run, continues, dtype_name, label_of, onward_hello, same_state
+from noren.parties.groups import Group, Groups, mode_at
+from noren.parties.runs import Following, Run, dtype_name
+from noren.parties.table import LATEST, Table
 from noren.parties.turns import Turns
 from noren.partition.stage import Stage
 from noren.training.passes import Passes
@@ -41,7 +38,6 @@ from noren.wire.identity import Identity
 from noren.wire.journal import Journal
 
 T = TypeVar("T")
-LATEST = sys.maxsize
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,13 +87,10 @@ class SpanServer:
         self.sessions = Sessions(
             stage, bytes_per_owner=self.limits.cache_bytes, seconds=self.limits.session_seconds, clock=clock
         )
-        self.lock = threading.Lock()  # of the table of runs; never held for long
-        self._opening = Alone()  # a run is opened by one at a time, and nobody waits who wants another
-        self._coming: set[tuple[str, str]] = set()  # runs that are being made
-        self.groups = Groups(self.trainer_of, self.compute, journal)
+        self.groups = Groups(self.trainer_of, self.compute, journal, partial(mode_at, stage.plan, stage.party))
+        self.table = Table(self, journal, clock)
         self.passes = Passes(stage, self.limits.graph_bytes, self.limits.joined_tokens)
         self.following, self._journal, self._clock = following, journal, clock
-        self.runs: dict[tuple[str, str], Run] = {}
         self.connections = self.steps = 0  # open now; optimiser steps since the process began
         self.draining = False
         self._began = clock()
@@ -169,98 +162,23 @@ class SpanServer:
     def expire(self) -> None:
         """End sessions and runs whose clients have gone. A run that is in the journal can still be come back to."""
         self.compute(self.sessions.expire)
-        now = self._clock()
-        with self.lock:
-            gone = [(key, run) for key, run in self.runs.items() if not run.connections]
-        for key, run in gone:
-            if run.left < now - self.limits.grace_seconds and not run.connections:
-                self.compute(partial(self._let_go, key, run))
-            if run.left < now - self.limits.run_seconds:
-                self._drop(key, forget=False, only=run, idle=True)
-        if self._journal is not None:
-            for name in self._journal.runs():
-                if self._journal.touched(name) > self.limits.journal_days * 86_400 and not self._is_live(name):
-                    self._journal.forget(name)
+        self.table.expire()
 
-    def _let_go(self, key: tuple[str, str], run: Run) -> None:
-        self.sessions.end(*key)
-        run.trainer.forget_passes()
-        run.deltas = None
+    @property
+    def runs(self) -> dict[tuple[str, str], Run]:
+        """The runs in memory, by owner and name."""
+        return self.table.runs
 
-    def _is_live(self, label: str) -> bool:
-        with self.lock:
-            return any(label_of(*key) == label for key in (*self.runs, *self._coming))
-
-    def open_run(self, owner: str, hello: Hello, number: int = LATEST) -> Run:
-        """Return the owner's run of that name with one more connection (see `release`).
-
-        It goes on as it was left if the hello has its resume token, else it begins anew. `number`: of the connection.
-        A hello of a connection that is older than the run, and does not go on with it, was overtaken by the client's
-        next one while it was worked on, and changes nothing. Raises HandshakeRefused, SessionLost or OverBudget.
-        """
+    def open_run(self, owner: str, hello: Hello, number: int = LATEST, *, edge: bool = False) -> Run:
+        """Return a run with one more connection (see table.Table.open), for a hello that fits this party."""
         self._check(hello)
         self.expire()
-        key = (owner, hello.run)
-        with self._opening(key):
-            run = self.runs.get(key)
-            if run is not None and not continues(hello, run.begun):
-                if number < run.opener:
-                    raise SessionLost("this run was begun anew by a later connection of its owner")
-                self._drop(key, forget=True)
-            with self.lock:
-                if (run := self.runs.get(key)) is not None:
-                    run.connections += 1
-                    run.opener = max(run.opener, number)
-                    return run
-                if sum(k[0] == owner for k in self.runs.keys() | self._coming) >= self.limits.runs:
-                    raise OverBudget(f"{owner} has {self.limits.runs} runs here already, which is the limit; close one")
-                self._coming.add(key)
-            try:
-                run = self._make(owner, hello, number)
-                with self.lock:
-                    self.runs[key] = run
-                return run
-            finally:
-                with self.lock:
-                    self._coming.discard(key)
-
-    def _make(self, owner: str, hello: Hello, number: int) -> Run:
-        """Return a run that is not in memory, with one connection: from the journal, or new."""
-        ledger = Ledger(self._journal, label_of(owner, hello.run), self.limits.journal_bytes_each)
-        saved = ledger.saved()
-        if saved is not None and not continues(hello, saved.begun):
-            ledger.forget()
-            saved = None
-        group = self.groups.enter(hello.terms) if hello.terms.together.mode != "alone" else None
-        try:
-            trainer = self.trainer_of(label_of(owner, hello.run), hello.terms, group)
-        except BaseException:
-            self.groups.leave(group, forget=False)
-            raise
-        try:
-            if saved is None:
-                begun = Begun(hello=hello, incarnation=uuid.uuid4().hex)
-                ledger.begin(begun)
-            else:
-                begun = saved.begun
-                self.compute(lambda: trainer.restore(saved.state, saved.gradients, saved.step))
-        except BaseException:
-            self.compute(trainer.close)
-            self.groups.leave(group, forget=False)
-            raise
-        run = Run(trainer, ledger, begun, opener=number, connections=1, left=self._clock(), group=group)
-        if group is not None:
-            group.join(label_of(owner, hello.run), run)
-        if self.following is not None:
-            run.following = self.following(
-                lambda: onward_hello(owner, run), same_state(run), lambda asked: run.onward_schema(self.stage, asked)
-            )
-        return run
+        return self.table.open(owner, hello, number, edge=edge)
 
     def trainer_of(self, name: str, terms: Terms, group: Group | None = None) -> SpanTrainer | Share:
         """Return a trainer for a run: of an adapter of its own, or its share in that of its group."""
         if group is not None and group.body is not None:
-            joint = group.joint if group.together.mode == "client-batch" else None
+            joint = group.joint if group.mode == "client-batch" else None
             return joint.share(name) if joint is not None else Share(group.body, name)
         lora, adapter = self.lora if terms.lora else None, f"run{next(self._numbers)}"
         try:
@@ -275,42 +193,17 @@ class SpanServer:
             run.trainer.forget(session)
 
     def close_run(self, owner: str, name: str, *, forget: bool, run: Run | None = None) -> None:
-        """End a run and all that memory holds for it; with `forget`, what the journal holds too.
-
-        `run`: only if it is this one still, and not one that was begun in its place.
-        """
-        with self._opening((owner, name)):
-            self._drop((owner, name), forget=forget, only=run)
-
-    def _drop(self, key: tuple[str, str], *, forget: bool, only: Run | None = None, idle: bool = False) -> None:
-        with self.lock:
-            run = self.runs.get(key)
-            if run is None or (only is not None and only is not run) or (idle and run.connections):
-                return
-            del self.runs[key]
-        run.closed = True
-        run.deltas = None
-        self.compute(run.trainer.close)
-        self.compute(partial(self.sessions.end, *key))
-        run.ledger.end(forget=forget)
-        if run.group is not None:
-            run.group.part(label_of(*key))
-            self.groups.leave(run.group, forget=forget)
-        if isinstance(run.following, Onward):
-            run.following.close()
+        """End a run (see table.Table.close)."""
+        self.table.close(owner, name, forget=forget, run=run)
 
     def release(self, run: Run) -> None:
         """A connection of the run has ended."""
-        with self.lock:
-            run.connections -= 1
-            run.left = self._clock()
+        self.table.release(run)
 
     def close(self) -> None:
         """End the thread that computes, and the lines to the next party."""
         self._computer.close()
-        for run in self.runs.values():
-            if isinstance(run.following, Onward):
-                run.following.close()
+        self.table.hang_up()
 
     def terms(self, asked: Terms) -> Terms:
         """The party's own terms for a run: what it was started with, and what is the client's to choose."""

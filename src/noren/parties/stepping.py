@@ -1,7 +1,7 @@
 """Training requests of one run at a remote party: each counts once, and what it led to is kept before it is answered.
 
-Alone, a run's requests are computed by themselves. In a group they are computed with what others have sent: those of
-replicas with whatever waits at that moment, those of a shared adapter with all who take part (see groups.Group.meet).
+Alone, a run's requests are computed by themselves. In a group they are computed with what others have sent and waits
+at that moment; a shared adapter's step waits until all who take part have contributed (see groups.Group.finish_round).
 """
 
 from __future__ import annotations
@@ -11,26 +11,23 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import msgspec
-import torch
 from torch import Tensor
 
 from noren.errors import OverBudget, PeerError, ProtocolError, SessionLost, TooLate
-from noren.parties.groups import Group, group_of
+from noren.parties.groups import Group
+from noren.parties.kept import as_kept, split_kept
 from noren.parties.ledger import keep_all
 from noren.parties.runs import Run
 from noren.partition.stage import Frame, Stage
-from noren.training.averaging import average
 from noren.training.joint import Part
 from noren.training.passes import Pass, Passes
 from noren.types import (
-    Average,
     Backward,
     Done,
     Forward,
     Gradient,
     Hidden,
     Message,
-    State,
     Step,
     Update,
 )
@@ -62,7 +59,7 @@ class Host(Protocol):
 
 
 @dataclass(eq=False)
-class _Request:
+class Request:
     """A training request that is to be computed, perhaps with others'."""
 
     owner: str
@@ -73,15 +70,15 @@ class _Request:
 
     @property
     def meta(self) -> Any:
+        """What is asked."""
         return self.message.meta
 
 
 class Stepping:
-    """Answers the training requests of one connection. `member` is the run's name among those of its group."""
+    """Answers the training requests of one connection."""
 
     def __init__(self, host: Host, owner: str, name: str) -> None:
         self._host, self._owner, self._name = host, owner, name
-        self._member = f"{owner}/{name}"
 
     def forward(self, run: Run, message: Message) -> Message:
         """Answer a forward pass: once for its step and number; computed again if only its activations were lost."""
@@ -91,41 +88,46 @@ class Stepping:
         if known is not None and (trainer.holds(meta.session) or run.ledger.answered(meta.session)):
             return known
         if group is not None:
-            group.must_hold(self._member)
-        before, asked = (
-            marks(run),
-            _Request(self._owner, self._name, run, message, self._here(message.tensors["hidden"])),
-        )
+            group.must_hold(run.member)
+        before, asked = marks(run), self.request(run, message, message.tensors["hidden"])
         try:
-            if group is not None and group.together.mode == "client-batch":
+            if group is not None and group.mode == "client-batch":
                 if known is not None:
                     raise _too_late(group)
                 self._next_round(group, run, meta.update)
-            if group is not None and group.together.mode != "sequential":
+            if group is not None and group.mode != "sequential":
                 kind = ("forward", group.name)
                 out: Tensor = self._host.compute_together(kind, asked, self._forwards, self._owner)
             else:
                 out = self._host.compute(lambda: _only(self._forwards([asked])), self._owner)
             if run.following is not None:
-                onward = trainer.kept(meta.session).onward = Message(meta, {"hidden": out})
+                kept = self.kept_beyond(run, message, meta.update)
+                onward = trainer.kept(meta.session).onward = Message(meta, {"hidden": out} | kept)
                 answer = run.following(onward)
             else:
                 answer = Message(Hidden(per_sequence=self._host.passes.per_sequence), {"hidden": out})
         except Exception:
-            self.keep(run, before)
+            self.keep(run, before, message)
             raise
         if known is not None:
             return known
         self.keep(run, before, message, answer)
         return answer
 
-    def _forwards(self, asked: list[_Request]) -> list[Tensor | PeerError]:
+    def kept_beyond(self, run: Run, message: Message, update: Update | None) -> dict[str, Tensor]:
+        """What goes with a step to the next party, for whoever takes this one's place (or one's before it)."""
+        kept = as_kept(split_kept(message)[0])
+        if update is not None and run.replaceable:
+            kept |= as_kept(self._host.compute(lambda: run.trainer.state(optimizer=True)))
+        return kept
+
+    def _forwards(self, asked: list[Request]) -> list[Tensor | PeerError]:
         """Compute what each run asks for, under its own adapter; an error for those that may not."""
         begun = [_or_error(lambda one=one: self._begin(one)) for one in asked]  # type: ignore[misc]
         outs = iter(self._host.passes.forward([one for one in begun if isinstance(one, Pass)]))
         return [next(outs) if isinstance(one, Pass) else one for one in begun]
 
-    def _begin(self, one: _Request) -> Pass:
+    def _begin(self, one: Request) -> Pass:
         meta, run = one.meta, one.run
         self._host.end_sessions(one.owner, one.name, run, meta.ended)
         if meta.update is not None:
@@ -139,17 +141,17 @@ class Stepping:
     def _next_round(self, group: Group, run: Run, update: Update | None) -> None:
         """Wait until the step to which this client has contributed is made."""
         if update is not None:
-            group.confirm(lambda: run.trainer.update(update))
-        group.finish_round(self._member, lambda: self._host.compute(lambda: self._step_body(group)))
+            self._host.compute(lambda: run.trainer.update(update))
+        group.finish_round(run.member, lambda: self._host.compute(lambda: self._step_body(group)))
 
-    def prepare(self, run: Run, update: Update) -> None:
-        """Before a step that rides along with an inference: be allowed to make it, or wait for the group to."""
+    def prepare(self, run: Run, message: Message, update: Update) -> None:
+        """Before a step that rides along with something else: be allowed to make it, or wait for the group to."""
         if run.group is not None:
-            run.group.must_hold(self._member)
-            if run.group.together.mode == "client-batch":
+            run.group.must_hold(run.member)
+            if run.group.mode == "client-batch":
                 before = marks(run)
                 self._next_round(run.group, run, update)
-                self.keep(run, before)
+                self.keep(run, before, message)
 
     def _step_body(self, group: Group) -> None:
         """Make the step of a shared adapter that is due, and keep it."""
@@ -166,9 +168,9 @@ class Stepping:
             return known
         meta, group = message.meta, run.group
         assert isinstance(meta, Backward)
-        joint = group is not None and group.together.mode == "client-batch"
+        joint = group is not None and group.mode == "client-batch"
         if group is not None:
-            group.must_hold(self._member)
+            group.must_hold(run.member)
         try:
             run.ledger.check_step(meta.session, run.trainer.step)
             run.trainer.kept(meta.session)
@@ -180,11 +182,11 @@ class Stepping:
         if run.following is not None:
             reply = self._beyond(run, meta, message)
             gradient, further = self._here(reply.tensors["gradient"]), reply.meta.square_norm  # type: ignore[union-attr]
-        asked = self._request(run, message, gradient)
+        asked = self.request(run, message, gradient)
         if group is not None and joint:
             kind = ("backward", group.name)
             return self._host.compute_together(kind, asked, lambda all_: self._joint_backward(group, all_), self._owner)
-        if group is not None and group.together.mode == "server-hierarchical":
+        if group is not None and group.mode == "server-hierarchical":
             kind = ("backward", group.name)
             out, norm, gradients = self._host.compute_together(kind, asked, self._backwards, self._owner)
         else:
@@ -193,7 +195,7 @@ class Stepping:
         self.keep(run, marks(run), message, answer, gradients=gradients)
         return answer
 
-    def _backwards(self, asked: list[_Request]) -> list[tuple[Tensor, float, dict[str, Tensor]] | PeerError]:
+    def _backwards(self, asked: list[Request]) -> list[tuple[Tensor, float, dict[str, Tensor]] | PeerError]:
         """Take each run's gradient back; returns that of its input, the norm of its adapter's, and these themselves."""
         kept = [_or_error(lambda one=one: _kept(one)) for one in asked]  # type: ignore[misc]
         pairs = [(part, one.tensor) for part, one in zip(kept, asked, strict=True) if isinstance(part, Pass)]
@@ -211,7 +213,7 @@ class Stepping:
             done.append((next(outs), trainer.square_norm(), trainer.gradients() if one.run.ledger.durable else {}))
         return done
 
-    def _joint_backward(self, group: Group, asked: list[_Request]) -> list[Message | PeerError]:
+    def _joint_backward(self, group: Group, asked: list[Request]) -> list[Message | PeerError]:
         """Take the gradients of a group's clients back through the adapter that they share, and keep all of it."""
         assert group.joint is not None and group.body is not None
         joint, body = group.joint, group.body
@@ -254,70 +256,26 @@ class Stepping:
             raise ProtocolError("the next party answered a backward with something else")
         return reply
 
-    def step(self, run: Run, update: Update) -> Message:
+    def step(self, run: Run, message: Message) -> Message:
         """Answer an optimiser step on its own."""
+        assert isinstance(message.meta, Step)
+        update = message.meta.update
         if run.group is not None:
-            run.group.must_hold(self._member)
+            run.group.must_hold(run.member)
         before = marks(run)
         self._host.compute(lambda: self.update(run, update), self._owner)
-        self.keep(run, before)
-        if run.group is not None and run.group.together.mode == "client-batch":
+        self.keep(run, before, message)
+        if run.group is not None and run.group.mode == "client-batch":
             self._next_round(run.group, run, None)
         if run.following is not None:
-            run.following(Message(Step(update=update)))
+            run.following(Message(Step(update=update), self.kept_beyond(run, message, update)))
         return Message(Done(step=update.step))
-
-    def average(self, run: Run, message: Message) -> Message:
-        """Answer an average of replicas, once."""
-        group, meta = group_of(run), message.meta
-        assert isinstance(meta, Average)
-        if group.together.mode != "server-hierarchical":
-            raise ProtocolError(
-                f"the group {group.together.group!r} trains {group.together.mode!r}: nothing to average"
-            )
-        if (known := run.ledger.answer(message)) is not None:
-            return known
-        if run.following is not None:
-            run.following(message)
-        asked = self._request(run, message, torch.empty(0))
-        return group.meet("average", self._member, asked, lambda all_: self._average(all_))
-
-    def _average(self, asked: dict[str, _Request]) -> dict[str, Any]:
-        def work() -> dict[str, Any]:
-            out: dict[str, Any] = {}
-            for member, one in asked.items():
-                try:
-                    if one.meta.update is not None:
-                        self.update(one.run, one.meta.update)
-                    if one.meta.step != one.run.trainer.step:
-                        raise SessionLost(f"an average after step {one.meta.step}, at step {one.run.trainer.step}")
-                except PeerError as error:
-                    out[member] = error
-            there = {member: one for member, one in asked.items() if member not in out}
-            if not there:
-                return out
-            weights = [one.meta.weight for one in there.values()]
-            body = average([one.run.trainer.adapter_state() for one in there.values()], weights)
-            ends = average([one.message.tensors for one in there.values()], weights)
-            changes: list[tuple[Any, Change]] = []
-            for member, one in there.items():
-                trainer = one.run.trainer
-                trainer.set_adapter(body)
-                out[member] = answer = Message(State(step=trainer.step), ends)
-                state = trainer.state(optimizer=True) if one.run.ledger.durable else None
-                changes.append(
-                    (one.run.ledger, one.run.ledger.change(one.message, answer, step=trainer.step, state=state))
-                )
-            keep_all(changes)
-            return out
-
-        return self._host.compute(work)
 
     def update(self, run: Run, update: Update) -> None:
         """Apply a step, once."""
         before = run.trainer.step
         run.trainer.update(update)
-        if run.group is None or run.group.together.mode != "client-batch":
+        if run.group is None or run.group.mode != "client-batch":
             self._host.steps += run.trainer.step - before
 
     def keep(
@@ -330,6 +288,7 @@ class Stepping:
     ) -> None:
         """Keep what a request led to. If it cannot be kept, memory goes back to what was kept last."""
         trainer, ledger = run.trainer, run.ledger
+        edges = split_kept(request)[0] if request is not None and run.following is None else {}
         stepped = trainer.step != before[0]
         if not (stepped or answer is not None or gradients is not None):
             return
@@ -339,10 +298,10 @@ class Stepping:
             if stepped and ledger.durable and shared is None:
                 state = self._host.compute(lambda: trainer.state(optimizer=True))  # in nobody's turn: not refused
             if shared is None:
-                ledger.keep(request, answer, step=step, state=state, gradients=gradients)
+                ledger.keep(request, answer, step=step, state=state, gradients=gradients, before=edges)
                 return
-            changes = [(ledger, ledger.change(request, answer, step=step))]
-            if shared.together.mode == "sequential":
+            changes = [(ledger, ledger.change(request, answer, step=step, before=edges))]
+            if shared.mode == "sequential":
                 body = _body_state(shared) if marks(run)[1] != before[1] else Change({})
                 if gradients is not None:
                     more = shared.ledger.change(gradients=gradients)
@@ -353,8 +312,9 @@ class Stepping:
             self._host.close_run(self._owner, self._name, forget=isinstance(error, OverBudget), run=run)
             raise
 
-    def _request(self, run: Run, message: Message, tensor: Tensor) -> _Request:
-        return _Request(self._owner, self._name, run, message, self._here(tensor))
+    def request(self, run: Run, message: Message, tensor: Tensor) -> Request:
+        """A request of this connection, to be computed."""
+        return Request(self._owner, self._name, run, message, self._here(tensor))
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(next(self._host.stage.model.parameters()).device)
@@ -375,7 +335,7 @@ def _only(results: list[T | PeerError]) -> T:
     return result
 
 
-def _kept(one: _Request) -> Pass:
+def _kept(one: Request) -> Pass:
     """The pass that a gradient is of. Raises SessionLost, or ProtocolError for one of another shape."""
     kept = one.run.trainer.kept(one.meta.session)
     kept.check(one.tensor)

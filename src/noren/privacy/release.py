@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import secrets
 import struct
+from collections.abc import Iterator
 
 import msgspec
 
@@ -22,7 +23,7 @@ from noren.privacy.noise import Gaussian
 from noren.types import Backward, Forward, Handler, Message, Noise
 from noren.wire.codecs.delta import DeltaSender
 from noren.wire.envelope import pack, reopen
-from noren.wire.journal import Draft, Journal
+from noren.wire.journal import Draft, Journal, Record
 
 LENGTH = struct.Struct("<I")
 TENSORS: dict[str, str | None] = {
@@ -48,7 +49,7 @@ class Releases:
     """The one way out for what a client computed from its data. Use as `RemoteSpan.release`.
 
     `most`: vectors that may be released in the run, 0 for no limit, and `rule` says where that stands. Raises
-    PolicyRefused at the first that is too many.
+    PolicyRefused at the first that is too many. `steps`: of so many, what has left stays in the journal.
     `delta`: makes differences of training passes; `samples` must then be set before each, and `compactly` be a guard of
     whatever the messages are sent by. Raises ConfigError where samples are not set.
     """
@@ -62,8 +63,9 @@ class Releases:
         run: str = "",
         delta: DeltaSender | None = None,
         rule: str = "",
+        steps: int = 1,
     ) -> None:
-        self._rule = rule
+        self._rule, self._steps = rule, steps
         self._most, self._journal, self._run, self._delta = most, journal, run, delta
         self.samples: list[int] | None = None  # numbers of the sequences of the next training pass
         self._compact: tuple[Message, Message] | None = None  # what was released last, and its differences
@@ -76,9 +78,7 @@ class Releases:
         key = self._key(message)
         samples, self.samples = self.samples, None
         if key and self._journal is not None and (kept := self._journal.read(self._run, key)) is not None:
-            body = bytes(kept.body or b"")
-            (length,) = LENGTH.unpack_from(body)
-            return reopen(body[LENGTH.size : LENGTH.size + length], body[LENGTH.size + length :])
+            return _reopened(kept)
         name = TENSORS[message.kind]
         if not name:
             return message
@@ -110,6 +110,14 @@ class Releases:
         except SessionLost:
             self._delta.forget()
             return handler(message)
+
+    def sent(self) -> Iterator[Message]:
+        """What has left in the latest steps, in order, as the journal has it."""
+        keys = [key for key in self._journal.keys(self._run) if key.startswith("sent/")] if self._journal else []
+        for key in sorted(keys, key=_order):
+            kept = self._journal.read(self._run, key) if self._journal else None
+            if kept is not None:
+                yield _reopened(kept)
 
     def _encode(self, message: Message, meta: Forward, samples: list[int] | None, delta: DeltaSender) -> Message:
         """Return a training pass with the values that the peer will put together; `compactly` has the differences."""
@@ -149,10 +157,23 @@ class Releases:
             packed = pack(message)
             head = memoryview(LENGTH.pack(len(packed.header)) + packed.header)
             puts[key] = Draft(b"{}", [head, *packed.bodies])
-            drop = [old for old in self._journal.keys(self._run) if _step(old) < _step(key)]
+            drop = [old for old in self._journal.keys(self._run) if _step(old) <= _step(key) - self._steps]
         elif self._noise is None and not self._most:
             return
         self._journal.write(self._run, puts, drop=drop)
+
+
+def _reopened(kept: Record) -> Message:
+    body = bytes(kept.body or b"")
+    (length,) = LENGTH.unpack_from(body)
+    return reopen(body[LENGTH.size : LENGTH.size + length], body[LENGTH.size + length :])
+
+
+def _order(key: str) -> tuple[int, int, bool]:
+    """By step, by number, forward before backward."""
+    _, session, kind = key.split("/")
+    step, _, number = session.partition(".")
+    return int(step), int(number), kind == "backward"
 
 
 def _step(key: str) -> float:

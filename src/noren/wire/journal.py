@@ -223,6 +223,16 @@ class Journal:
             for gone in empty:
                 self._written.pop(gone, None)
 
+    def rename(self, run: str, to: str) -> None:
+        """Give a run's records another name, in place of what stands under that. All of it, or on any error nothing."""
+        with self._transaction():
+            self._db.execute(sa.delete(_RUNS).where(_RUNS.c.run == _name(to)))
+            self._touch(to)
+            self._db.execute(sa.update(_ENTRIES).where(_ENTRIES.c.run == _name(run)).values(run=to))
+            self._db.execute(sa.delete(_RUNS).where(_RUNS.c.run == run))
+            self._written.pop(run, None)
+            self._written[to] = time.monotonic()
+
     def forget(self, run: str) -> None:
         """Drop all records of a run, and the run."""
         self.write(run, {}, drop_all=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from noren.errors import OverBudget, ProtocolError
-from noren.types import Backward, Failure, Forward, Message
+from noren.types import KEPT, Backward, Failure, Forward, Message
 from noren.wire.codecs.delta import payload_bytes
 from noren.wire.envelope import DTYPES, Entry, Expect, Header
 from noren.wire.grpc_link import any_answer
@@ -25,7 +25,8 @@ class Schema:
 
     `dtype`: of hidden states ("float32", ...). `width`: size of hidden states going up. `back`: of what comes back,
     None if the far end holds the head. `adapter`: shapes of the remote adapters by name; `own`: of the client's, which
-    an average carries. `tokens`: most in one message.
+    an average carries; `before`: of the parties between, whose state comes along with their steps (types.KEPT).
+    `tokens`: most in one message.
     """
 
     dtype: str
@@ -36,10 +37,12 @@ class Schema:
     adapter: Mapping[str, list[int]]
     tokens: int
     own: Mapping[str, list[int]] = field(default_factory=dict)
+    before: Mapping[str, list[int]] = field(default_factory=dict)
 
     def request(self, header: Header) -> None:
         """Raise ProtocolError or OverBudget unless a header is that of a request which was agreed."""
         meta = header.meta
+        self._kept(header, given=getattr(meta, "update", None) is not None or header.kind == "push")
         if isinstance(meta, Forward) and meta.deltas is not None:
             self._deltas(header, meta)
         elif isinstance(meta, Forward):
@@ -57,7 +60,7 @@ class Schema:
             self._adapters(header)
         elif header.kind == "average":
             self._own(header)
-        else:
+        elif _plain(header):
             _none(header)
 
     def answer(self, request: Message) -> Expect:
@@ -82,6 +85,10 @@ class Schema:
                     raise ProtocolError(f"the peer sent back a gradient {entry.shape}, expected [tokens, {self.width}]")
             elif header.kind == "state" and request.kind == "average":
                 self._own(header)
+            elif header.kind == "state" and getattr(request.meta, "kept", False):
+                self._kept(header, given=True)
+                if _plain(header):
+                    raise ProtocolError("the peer sent back other tensors than those that were kept there")
             elif header.kind == "state":
                 self._adapters(header)
             else:
@@ -118,10 +125,10 @@ class Schema:
     @staticmethod
     def _only(header: Header, name: str) -> Entry:
         """The only tensor of a message."""
-        if [entry.name for entry in header.tensors] != [name]:
-            names = sorted(entry.name[:80] for entry in header.tensors)[:8]
-            raise ProtocolError(f"a {header.kind!r} carries exactly one tensor, {name!r}; got {names}")
-        return header.tensors[0]
+        given = _plain(header)
+        if list(given) != [name]:
+            raise ProtocolError(f"a {header.kind!r} carries exactly one tensor, {name!r}; got {sorted(given)[:8]}")
+        return given[name]
 
     def _few(self, tokens: int) -> None:
         if tokens > self.tokens:
@@ -139,9 +146,20 @@ class Schema:
 
     def _adapters(self, header: Header) -> None:
         """Adapters with exactly the names and shapes that were agreed, and moments of some of them."""
-        given = {entry.name: entry for entry in header.tensors}
+        self._state(_plain(header), self.adapter)
+
+    def _kept(self, header: Header, *, given: bool) -> None:
+        """The state of the parties between, whole or not at all."""
+        kept = {entry.name.removeprefix(KEPT): entry for entry in header.tensors if entry.name.startswith(KEPT)}
+        if kept and not given:
+            raise ProtocolError(f"a {header.kind!r} without a step carries no state of other parties")
+        if kept:
+            self._state(kept, self.before)
+
+    @staticmethod
+    def _state(given: dict[str, Entry], shapes: Mapping[str, list[int]]) -> None:
         plain = {name for name in given if not name.startswith("optimizer/")}
-        if odd := plain ^ self.adapter.keys():
+        if odd := plain ^ shapes.keys():
             raise ProtocolError(
                 f"{len(odd)} adapter tensors differ from what was agreed, e.g. {min(odd)[:120]!r}; give both parties "
                 "the same [adapter]"
@@ -150,7 +168,7 @@ class Schema:
             base, kind = name, ""
             if name not in plain:
                 base, _, kind = name.removeprefix("optimizer/").rpartition("/")
-            shape = [] if kind == "step" else self.adapter.get(base)
+            shape = [] if kind == "step" else shapes.get(base)
             if shape is None or entry.shape not in (shape, []) or (not kind and entry.shape != shape):
                 raise ProtocolError(f"tensor {name[:120]!r} of shape {entry.shape} was not agreed")
             if kind and kind not in MOMENTS:
@@ -159,13 +177,21 @@ class Schema:
                 raise ProtocolError(f"tensor {name[:120]!r} crosses as floating point, without a codec")
 
     def _own(self, header: Header) -> None:
-        """The client's own adapters, with exactly the names and shapes that were agreed."""
-        given = {entry.name: entry for entry in header.tensors}
-        if odd := given.keys() ^ self.own.keys():
-            raise ProtocolError(f"{len(odd)} of the client's adapters were not agreed, e.g. {min(odd)[:120]!r}")
+        """Adapters of the parties before, with exactly the names and shapes that were agreed."""
+        given, shapes = _plain(header), {**self.own, **self.before}
+        if odd := given.keys() ^ shapes.keys():
+            raise ProtocolError(f"{len(odd)} of the adapters before were not agreed, e.g. {min(odd)[:120]!r}")
         for name, entry in given.items():
-            if entry.shape != self.own[name] or (entry.dtype, entry.codec) != ("f32", "raw"):
-                raise ProtocolError(f"tensor {name[:120]!r} must be f32 {self.own[name]}, without a codec")
+            if entry.shape != shapes[name] or (entry.dtype, entry.codec) != ("f32", "raw"):
+                raise ProtocolError(f"tensor {name[:120]!r} must be f32 {shapes[name]}, without a codec")
+
+
+def _plain(header: Header) -> dict[str, Entry]:
+    """The tensors of a message that are not the state of the parties between."""
+    names = [entry.name for entry in header.tensors]
+    if len(set(names)) != len(names):
+        raise ProtocolError(f"a {header.kind!r} has a tensor twice")
+    return {entry.name: entry for entry in header.tensors if not entry.name.startswith(KEPT)}
 
 
 def _none(header: Header) -> None:

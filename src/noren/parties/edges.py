@@ -1,0 +1,143 @@
+"""A client's line to one of several parties that hold the same layers: chosen when it starts, left when it fails.
+
+What is lost with such a party is at most the step at hand: its adapter after every step is also kept at the last party
+of the chain (`Terms.replaceable`), and what the client has sent in the step at hand it sends again, as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from noren.errors import LinkError, PeerError, ProtocolError
+from noren.types import Backward, Condition, Forward, Message, Status, Update
+from noren.wire.grpc_link import GrpcLink
+from noren.wire.traffic import Traffic
+
+log = logging.getLogger("noren.client")
+
+
+class Edges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which one of several addresses of the first remote party to use (`[edges]` in a run document)."""
+
+    assign: Literal["first", "round-robin", "least-loaded"] = "least-loaded"  # "first": as [links] lists them
+    switch_seconds: float = 10.0  # one that does not answer for so long is left for another
+
+    def __post_init__(self) -> None:
+        if not 0.05 <= self.switch_seconds <= 86_400:
+            raise ValueError("switch_seconds must be between 0.05 and 86400")
+
+
+class AnyOf:
+    """A Handler at one of several addresses. `line` opens a line to one, `ask` one that does not greet.
+
+    `name` tells clients apart. `sent` is what must be sent again to another party.
+
+    Raises LinkError once none of them could be reached for `patience` seconds.
+    """
+
+    def __init__(
+        self,
+        addresses: list[str],
+        line: Callable[[str], GrpcLink],
+        edges: Edges,
+        *,
+        ask: Callable[[str], GrpcLink],
+        name: str,
+        patience: float,
+    ) -> None:
+        self._line, self._edges, self.patience = line, edges, patience
+        self._ask = ask
+        self.traffic, self.moves, self.sent = Traffic(), 0, Sent()
+        self._lock = threading.Lock()
+        self._addresses = addresses if edges.assign == "first" else self._ranked(addresses, name)
+        self._link = self._open()
+
+    @property
+    def address(self) -> str:
+        """Of the party in use."""
+        return self._addresses[0]
+
+    def __call__(self, message: Message) -> Message:
+        """Send a message to the party in use, or to the next one that answers, and return the answer."""
+        with self._lock:
+            started = time.monotonic()
+            while True:
+                try:
+                    answer = self._link(message)
+                    self.sent.note(message)
+                    return answer
+                except LinkError as error:
+                    if time.monotonic() - started > self.patience:
+                        raise
+                    self._move(error)
+
+    def _move(self, error: LinkError) -> None:
+        self._link.close()
+        self._addresses.append(self._addresses.pop(0))
+        self.moves += 1
+        log.warning("%s; going on at %s", error, self.address)
+        self._link = self._open()
+
+    def _open(self) -> GrpcLink:
+        link = self._line(self.address)
+        link.patience, link.traffic = self._edges.switch_seconds, self.traffic
+        return link
+
+    def _ranked(self, addresses: list[str], name: str) -> list[str]:
+        """The addresses in the order in which they are to be tried; those that do not answer come last."""
+        conditions = {address: self._condition(address) for address in addresses}
+        there = {address: condition for address, condition in conditions.items() if condition is not None}
+        silent = [address for address in addresses if address not in there]
+        if self._edges.assign == "round-robin":
+            next_one = sum(condition.runs for condition in there.values()) % max(len(there), 1)
+            return [*list(there)[next_one:], *list(there)[:next_one], *silent]
+
+        def load(address: str) -> tuple[int, int, int]:
+            """Those who start at one moment see the same loads: their names spread them."""
+            return there[address].runs, there[address].connections, zlib.crc32(f"{name} {address}".encode())
+
+        return [*sorted(there, key=load), *silent]
+
+    def _condition(self, address: str) -> Condition | None:
+        link = self._ask(address)
+        try:
+            answer = link(Message(Status()))
+        except (LinkError, PeerError):
+            return None
+        finally:
+            link.close()
+        if not isinstance(answer.meta, Condition):
+            raise ProtocolError(f"{address} answered a status with {answer.kind!r}")
+        return answer.meta if not answer.meta.draining else None
+
+    def close(self) -> None:
+        """End the connection. Safe to call twice."""
+        with self._lock:
+            self._link.close()
+
+
+class Sent:
+    """What was sent and answered in the steps that are not confirmed yet, to be sent again to another party."""
+
+    def __init__(self) -> None:
+        self._messages: list[tuple[int, Message]] = []
+
+    def note(self, message: Message) -> None:
+        """Note a request that was answered. A step in it is now made, so that nothing of it is sent again."""
+        meta = message.meta
+        update: Update | None = getattr(meta, "update", None)
+        if update is not None:
+            self._messages = [(step, one) for step, one in self._messages if step > update.step]
+        if isinstance(meta, Backward) or (isinstance(meta, Forward) and meta.train):
+            self._messages.append((int(meta.session.partition(".")[0]), message))
+
+    def after(self, step: int) -> tuple[Message, ...]:
+        """What was sent towards the steps after `step`, in order."""
+        return tuple(message for number, message in self._messages if number > step)

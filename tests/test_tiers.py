@@ -1,0 +1,264 @@
+"""Users, edges and a cloud: what is learned is what one machine would learn, whichever edge dies and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import credentials
+from noren.adapters.lora import Lora
+from noren.config import Document
+from noren.errors import SessionLost
+from noren.parties.client import Client
+from noren.parties.server import SpanServer
+from noren.partition.stage import Stage
+from noren.training.batches import Row
+from noren.training.loop import Outcome, Trainer
+from noren.types import Handler, Message
+from noren.wire.grpc_link import GrpcLink
+from noren.wire.grpc_server import GrpcServer
+from noren.wire.identity import ensure
+from noren.wire.journal import Journal
+from noren.wire.settings import Wire
+from test_crossing import ADAPTER
+from test_together import datasets, differ, settings
+
+PLAN = ["client :2", "edge 2:4", "cloud 4:6", "client 6:"]
+LORA = msgspec.convert(ADAPTER | {"parties": ["client", "edge", "cloud"]}, Lora)
+CLOSE = 2e-5
+"""Largest difference of adapters in fp32: sums in another order, and Adam divides small numbers by their roots."""
+
+
+class Tiers:
+    """A cloud, edges and users, over real sockets. `spoil` may answer a message to the cloud in the cloud's place."""
+
+    def __init__(self, folder: Path, keys: Path, stack: ExitStack, edges: int, journal: Path | None = None) -> None:
+        self.folder, self.keys, self.stack, self.journal = folder, keys, stack, journal
+        self.spoil: Callable[[int, Message], None] = lambda edge, message: None
+        self.cloud = self._party("cloud", None, "cloud")
+        for n in range(edges):
+            ensure(keys, f"edge-{n}", "edge")
+        ensure(keys, "cloud", "server")
+        self.cloud_port = self._listen(self.cloud, "cloud").port
+        self.edges = [self._party("edge", self._line(n), f"edge-{n}") for n in range(edges)]
+        self.doors = [self._listen(edge, f"edge-{n}") for n, edge in enumerate(self.edges)]
+
+    def _party(self, party: str, following: Any, name: str) -> SpanServer:
+        journal = self.stack.enter_context(Journal(self.journal / name)) if self.journal is not None else None
+        server = SpanServer(
+            Stage.load(self.folder, PLAN, party, "causal-lm"), lora=LORA, following=following, journal=journal
+        )
+        self.stack.callback(server.close)
+        return server
+
+    def _listen(self, server: SpanServer, name: str) -> GrpcServer:
+        return self.stack.enter_context(GrpcServer("127.0.0.1:0", credentials(self.keys, name), server.connect))
+
+    def _line(self, edge: int) -> Callable[..., Handler]:
+        """An edge's lines to the cloud, which tell `spoil` what goes over them."""
+
+        def line(greet: Any, greeted: Any, expect: Any) -> Any:
+            address, own = f"127.0.0.1:{self.cloud_port}", credentials(self.keys, f"edge-{edge}")
+            link = GrpcLink(address, own, greet=greet, greeted=greeted, expect=expect, wire=Wire(patience_seconds=5))
+            tiers = self
+
+            class Line:
+                beyond = link
+
+                def __call__(self, message: Message) -> Message:
+                    tiers.spoil(edge, message)
+                    return link(message)
+
+                def close(self) -> None:
+                    link.close()
+
+            return Line()
+
+        return line
+
+    def kill(self, edge: int) -> None:
+        """End an edge as its users see it: nobody answers there any more. Called by one of its own threads."""
+        self.doors[edge].stop()
+
+    def user(self, n: int, first: int | None = None, **fields: Any) -> Client:
+        ensure(self.keys, f"u{n}", "client")
+        order = [f"127.0.0.1:{door.port}" for door in self.doors]
+        turn = (n if first is None else first) % len(order)
+        values = {"model": str(self.folder), "plan": PLAN, "adapter": msgspec.to_builtins(LORA), "seed": 1,
+                  "links": {"edge": order[turn:] + order[:turn]}, "edges": {"assign": "first", "switch_seconds": 0.3},
+                  "keys": {"dir": str(self.keys), "name": f"u{n}"}}  # fmt: skip
+        journal = Journal(self.journal / f"u{n}") if self.journal is not None else None
+        if journal is not None:
+            self.stack.enter_context(journal)
+        client = Client(Document.of(values | fields, Path.cwd()), journal=journal)
+        self.stack.callback(client.close)
+        return client
+
+
+@contextmanager
+def tiers(folder: Path, keys: Path, edges: int = 2, journal: Path | None = None) -> Iterator[Tiers]:
+    with ExitStack() as stack:
+        yield Tiers(folder, keys, stack, edges, journal)
+
+
+def train(clients: list[Client], data: list[list[Row]], **training: Any) -> list[Outcome]:
+    trainers = [
+        Trainer(client.model, own, [], settings(**training), pad_id=0, seed=3, remote=client.remote())
+        for client, own in zip(clients, data, strict=True)
+    ]
+    with ThreadPoolExecutor(len(trainers)) as pool:
+        return [future.result(timeout=120) for future in [pool.submit(trainer.run) for trainer in trainers]]
+
+
+def group(users: int, **more: Any) -> dict[str, Any]:
+    return {"mode": "server-hierarchical", "clients": users, "every": 2, "wait_seconds": 20.0} | more
+
+
+def learned(folder: Path, keys: Path, edges: int, **together: Any) -> list[dict[str, Tensor]]:
+    """What three users learn over so many edges."""
+    with tiers(folder, keys, edges) as at:
+        users = [at.user(n, together=group(3, **together)) for n in range(3)]
+        train(users, datasets())
+        return [user.adapter_state() for user in users]
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["edges", "users too"])
+def test_averages_of_users_at_several_edges_are_those_at_one(llama_folder: Path, keys: Path, ends: bool) -> None:
+    """Which is what one server makes of them (test_together), whose averages are checked from outside."""
+    one, three = (learned(llama_folder, keys, edges, ends=ends) for edges in (1, 3))
+    for alone, apart in zip(one, three, strict=True):
+        assert differ(alone, apart) <= CLOSE
+    remote = {n for n in three[0] if any(f"layers.{i}." in n for i in range(2, 6))}
+    assert len(remote) > 4
+    for name in three[0] if ends else remote:
+        assert all(torch.equal(three[0][name], other[name]) for other in three[1:]), name
+    own = set(three[0]) - remote
+    assert ends or any(not torch.equal(three[0][name], three[1][name]) for name in own)
+
+
+def test_an_average_over_edges_is_the_weighted_mean(llama_folder: Path, keys: Path) -> None:
+    """Against replicas trained alone and averaged from outside."""
+    data, weights = datasets()[:2], []
+    with tiers(llama_folder, keys) as at:
+        alone = [at.user(n, name="alone") for n in range(2)]
+        train(alone, data, steps=2)
+        replicas = [user.adapter_state() for user in alone]
+        together = [at.user(n, name="together", together=group(2)) for n in range(2)]
+        train(together, data, steps=2)
+        found = [user.adapter_state() for user in together]
+    for own in data:
+        trainer = Trainer(torch.nn.Linear(1, 1), own, [], settings(steps=2), pad_id=0, seed=3)
+        weights.append(sum(len(own[i]["input_ids"]) for step in trainer._plan() for batch in step for i in batch))
+    for name in found[0]:
+        mean = sum(w * replica[name].double() for w, replica in zip(weights, replicas, strict=True)) / sum(weights)
+        if any(f"layers.{i}." in name for i in range(2, 6)):
+            assert float((found[0][name] - mean).abs().max()) <= CLOSE, name
+            assert torch.equal(found[0][name], found[1][name])
+
+
+def test_a_shared_cloud_adapter_learns_the_joined_batch(llama_folder: Path, keys: Path) -> None:
+    """With `cloud_adapter = "shared"` the cloud trains as in client-batch, whichever edges the users come through."""
+    out = []
+    for edges in (1, 2):
+        with tiers(llama_folder, keys, edges) as at:
+            users = [at.user(n, together=group(2, cloud_adapter="shared", clip=0.0)) for n in range(2)]
+            train(users, datasets()[:2], optimizer="sgd", lr=0.1)
+            assert at.cloud.steps == 4 and {run.trainer.step for run in at.cloud.runs.values()} == {4}
+            assert len({id(run.group) for run in at.cloud.runs.values()}) == 1
+            out.append([user.adapter_state() for user in users])
+    for one, two in zip(*out, strict=True):
+        assert differ(one, two) <= CLOSE
+    cloud = [name for name in out[0][0] if "layers.4." in name or "layers.5." in name]
+    assert cloud and all(torch.equal(out[1][0][name], out[1][1][name]) for name in cloud)
+
+
+MOMENTS = {
+    "before a forward": ("forward", "3.0"),
+    "before a backward": ("backward", "3.0"),
+    "before the second pass of a step": ("forward", "3.1"),
+    "before an average": ("average", ""),
+    "before the last step": ("step", ""),
+}
+
+
+def dying(
+    folder: Path,
+    keys: Path,
+    kind: str,
+    session: str,
+    *,
+    answered: bool = False,
+    journal: Path | None = None,
+    **fields: Any,
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Train a user whose edge dies as it is about to ask the cloud for that, or when the cloud has answered."""
+    with tiers(folder, keys, journal=journal) as at:
+        done: list[int] = []
+
+        def spoil(edge: int, message: Message) -> None:
+            if done or message.kind != kind or session != getattr(message.meta, "session", ""):
+                return
+            done.append(edge)
+            if answered:
+                (own,) = at.edges[edge].runs.values()
+                own.following.beyond(message)  # type: ignore[union-attr]
+            at.kill(edge)
+            raise SessionLost("killed")
+
+        at.spoil = spoil
+        user = at.user(0, first=0, **fields)
+        outcome = train([user], datasets()[:1], accumulate=1 if fields.get("together", {}).get("cloud_adapter") else 2)[
+            0
+        ]
+        assert outcome.step == 4 and done == ([0] if kind else []) and user.link.moves == len(done)
+        assert at.cloud.steps == 4, "each step once"
+        return outcome.losses, user.adapter_state() | user.pull(optimizer=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(llama_folder: Path, keys: Path) -> Callable[..., tuple[list[float], dict[str, Tensor]]]:
+    """What is learned where no edge dies."""
+    known: dict[str, tuple[list[float], dict[str, Tensor]]] = {}
+
+    def learned(**fields: Any) -> tuple[list[float], dict[str, Tensor]]:
+        if str(fields) not in known:
+            known[str(fields)] = dying(llama_folder, keys, "", "", **fields)
+        return known[str(fields)]
+
+    return learned
+
+
+def same(one: tuple[list[float], dict[str, Tensor]], two: tuple[list[float], dict[str, Tensor]]) -> None:
+    assert one[0] == two[0] and one[1].keys() == two[1].keys()
+    assert all(torch.equal(tensor, two[1][name]) for name, tensor in one[1].items())
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("answered", [False, True], ids=["not answered", "answered"])
+@pytest.mark.parametrize("kept", [False, True], ids=["memory", "journal"])
+def test_an_edge_that_dies_is_replaced(
+    llama_folder: Path, keys: Path, tmp_path: Path, undisturbed: Any, moment: str, answered: bool, kept: bool
+) -> None:
+    """Its user goes on at another edge, and learns bit for bit what it would have learned: no step lost, none twice."""
+    kind, session = MOMENTS[moment]
+    fields = {"together": group(1)} if kind == "average" else {}
+    found = dying(llama_folder, keys, kind, session, answered=answered, journal=tmp_path if kept else None, **fields)
+    same(undisturbed(**fields), found)
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+@pytest.mark.parametrize("answered", [False, True], ids=["not answered", "answered"])
+def test_an_edge_dies_under_a_shared_cloud_adapter(
+    llama_folder: Path, keys: Path, undisturbed: Any, kind: str, answered: bool
+) -> None:
+    """What the cloud has counted it does not count again."""
+    fields = {"together": group(1, cloud_adapter="shared", every=3)}
+    same(undisturbed(**fields), dying(llama_folder, keys, kind, "3.0", answered=answered, **fields))
