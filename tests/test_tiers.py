@@ -13,20 +13,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import credentials
+from conftest import credentials, identity
 from noren.adapters.lora import Lora
 from noren.config import Document
-from noren.errors import SessionLost
+from noren.errors import ConfigError, HandshakeRefused, LinkError, ProtocolError, SessionLost
 from noren.parties.client import Client
+from noren.parties.remote_state import incarnation_of
 from noren.parties.server import SpanServer
 from noren.partition.stage import Stage
 from noren.training.batches import Row
+from noren.training.journal import StepJournal
 from noren.training.loop import Outcome, Trainer
-from noren.types import Handler, Message
+from noren.types import PROTOCOL, Forward, Handler, Hello, Message, Optimizer, Pull, Terms, Update, Welcome
 from noren.wire.grpc_link import GrpcLink
 from noren.wire.grpc_server import GrpcServer
 from noren.wire.identity import ensure
 from noren.wire.journal import Journal
+from noren.wire.local import LocalLink
 from noren.wire.settings import Wire
 from test_crossing import ADAPTER
 from test_together import datasets, differ, settings
@@ -88,17 +91,16 @@ class Tiers:
         """End an edge as its users see it: nobody answers there any more. Called by one of its own threads."""
         self.doors[edge].stop()
 
-    def user(self, n: int, first: int | None = None, **fields: Any) -> Client:
+    def user(
+        self, n: int, first: int | None = None, journal: Journal | None = None, resume: str = "", **fields: Any
+    ) -> Client:
         ensure(self.keys, f"u{n}", "client")
         order = [f"127.0.0.1:{door.port}" for door in self.doors]
         turn = (n if first is None else first) % len(order)
         values = {"model": str(self.folder), "plan": PLAN, "adapter": msgspec.to_builtins(LORA), "seed": 1,
                   "links": {"edge": order[turn:] + order[:turn]}, "edges": {"assign": "first", "switch_seconds": 0.3},
                   "keys": {"dir": str(self.keys), "name": f"u{n}"}}  # fmt: skip
-        journal = Journal(self.journal / f"u{n}") if self.journal is not None else None
-        if journal is not None:
-            self.stack.enter_context(journal)
-        client = Client(Document.of(values | fields, Path.cwd()), journal=journal)
+        client = Client(Document.of(values | fields, Path.cwd()), journal=journal, resume=resume)
         self.stack.callback(client.close)
         return client
 
@@ -262,3 +264,176 @@ def test_an_edge_dies_under_a_shared_cloud_adapter(
     """What the cloud has counted it does not count again."""
     fields = {"together": group(1, cloud_adapter="shared", every=3)}
     same(undisturbed(**fields), dying(llama_folder, keys, kind, "3.0", answered=answered, **fields))
+
+
+@pytest.mark.parametrize("moment", ["before a forward", "before a backward", "before the second pass of a step"])
+def test_user_and_edge_die_together(
+    llama_folder: Path, keys: Path, tmp_path: Path, undisturbed: Any, moment: str
+) -> None:
+    """The user comes back with its journal, finds the other edge, and sends again what was not finished."""
+    kind, session = MOMENTS[moment]
+    with tiers(llama_folder, keys, journal=tmp_path) as at, Journal(tmp_path / "user") as journal:
+        done: list[int] = []
+
+        def spoil(edge: int, message: Message) -> None:
+            if done or message.kind != kind or session != getattr(message.meta, "session", ""):
+                return
+            done.append(edge)
+            at.kill(edge)
+            raise SessionLost("killed")
+
+        def trainer(client: Client) -> Trainer:
+            kept = StepJournal(journal, "run")
+            return Trainer(
+                client.model, datasets()[0], [], settings(accumulate=2), pad_id=0, seed=3, remote=client.remote(),
+                journal=kept,
+            )  # fmt: skip
+
+        at.spoil = spoil
+        first = at.user(0, first=0, journal=journal)
+        first.link._addresses = first.link._addresses[:1] * 2  # type: ignore[union-attr]  # it dies before it moves
+        first.link.patience = 0.1
+        with pytest.raises(LinkError):
+            trainer(first).run()
+        first._closed = True
+        kept = StepJournal(journal, "run").read()
+        assert kept is not None and done == [0]
+        second = at.user(0, first=0, journal=journal, resume=incarnation_of(kept.position))
+        again = trainer(second)
+        assert again.resume() == 2
+        outcome = again.run()
+        assert outcome.step == 4 and at.cloud.steps == 4
+        same(undisturbed(), (outcome.losses, second.adapter_state() | second.pull(optimizer=True)))
+
+
+def test_an_edge_that_is_come_back_to_has_forgotten_what_it_knew(
+    llama_folder: Path, keys: Path, undisturbed: Any
+) -> None:
+    """Edge 0 dies for its user only, and still holds the run when the user returns to it two steps later."""
+    with tiers(llama_folder, keys) as at:
+        user = at.user(0, first=0)
+        trainer = Trainer(user.model, datasets()[0], [], settings(accumulate=2), pad_id=0, seed=3, remote=user.remote())
+        plan, losses = trainer._plan(), []
+        for step in range(4):
+            losses.append(trainer.step([[datasets()[0][i] for i in batch] for batch in next(plan)])[0])
+            trainer.outcome.step += 1
+            if step in (1, 2):
+                user.link._move(LinkError("as if it were gone"))  # type: ignore[union-attr]
+        user.span.flush()
+        assert at.cloud.steps == 4 and user.link.moves == 2  # type: ignore[union-attr]
+        same(undisturbed(), (losses, user.adapter_state() | user.pull(optimizer=True)))
+
+
+def test_the_cloud_too_is_restarted(llama_folder: Path, keys: Path, tmp_path: Path, undisturbed: Any) -> None:
+    """The run is taken over from the cloud's journal."""
+    with tiers(llama_folder, keys, journal=tmp_path) as at:
+        user = at.user(0, first=0)
+        trainer = Trainer(user.model, datasets()[0], [], settings(accumulate=2), pad_id=0, seed=3, remote=user.remote())
+        plan, losses = trainer._plan(), []
+        for step in range(4):
+            losses.append(trainer.step([[datasets()[0][i] for i in batch] for batch in next(plan)])[0])
+            trainer.outcome.step += 1
+            if step == 1:
+                at.kill(0)
+                for key in list(at.cloud.runs):
+                    at.cloud.table.close(*key, forget=False)
+                assert not at.cloud.runs
+        user.span.flush()
+        same(undisturbed(), (losses, user.adapter_state() | user.pull(optimizer=True)))
+        assert list(at.cloud.runs) == [("edge-1", "u0/run")]
+
+
+class Doors:
+    """A cloud that has a run of edge "edge-0", and lines to it."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.stage = Stage.load(folder, PLAN, "cloud", "causal-lm")
+        self.server = SpanServer(self.stage, lora=LORA)
+        stack.callback(self.server.close)
+        mine = self.server.terms(Terms(fingerprint="", plan=[], task="", dtype="", lora="x", seed=1, replaceable=True))
+        self.shapes = {"model.layers.2.self_attn.q_proj.lora_A.weight": [4, 48]}
+        self.hello = Hello(protocol=PROTOCOL, run="u0/run", terms=mine, before=self.shapes)
+
+    def line(self, name: str, role: str = "edge") -> LocalLink:
+        return LocalLink(self.server.connect(identity(name, role)))
+
+    def greet(self, line: LocalLink, **more: Any) -> Welcome:
+        answer = line(Message(msgspec.structs.replace(self.hello, **more))).meta
+        assert isinstance(answer, Welcome)
+        return answer
+
+
+@pytest.fixture
+def doors(llama_folder: Path) -> Iterator[Doors]:
+    with ExitStack() as stack:
+        yield Doors(llama_folder, stack)
+
+
+def test_a_run_is_taken_over_by_an_edge_with_its_token_and_by_nobody_else(doors: Doors) -> None:
+    first = doors.line("edge-0")
+    token = doors.greet(first).incarnation
+    for name, role, wrong in (("edge-1", "edge", "0" * 32), ("u7", "client", token)):
+        before = {} if role == "client" else doors.shapes
+        other = doors.greet(doors.line(name, role), resume=wrong, moved=True, before=before)
+        assert other.incarnation != token and ("edge-0", "u0/run") in doors.server.runs
+    assert doors.greet(first, resume=token).incarnation == token, "the run is the first edge's still"
+    second = doors.line("edge-2")
+    assert doors.greet(second, resume=token, moved=True).incarnation == token
+    assert ("edge-0", "u0/run") not in doors.server.runs and ("edge-2", "u0/run") in doors.server.runs
+    with pytest.raises(SessionLost, match="closed by another"):
+        first(Message(Pull()))
+    assert second(Message(Pull())).kind == "state"
+
+
+def test_a_client_is_no_edge(doors: Doors) -> None:
+    with pytest.raises(HandshakeRefused, match="only an edge"):
+        doors.greet(doors.line("u0", "client"))
+    line = doors.line("u0", "client")
+    doors.greet(line, before={})
+    with pytest.raises(ProtocolError, match="no party before this one"):
+        line(Message(Pull(kept=True)))
+
+
+FORWARD = {"session": "1.0", "start": 0, "lengths": [2], "padding": "left", "train": True}
+UPDATE = Update(step=1, scale=1.0, optimizer=Optimizer(name="sgd", lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "update", "words"),
+    [
+        ("model.layers.2.self_attn.q_proj.lora_A.weight", [4, 48], None, "without a step"),
+        ("model.layers.2.self_attn.q_proj.lora_A.weight", [4, 47], UPDATE, "was not agreed"),
+        ("model.layers.3.self_attn.q_proj.lora_A.weight", [4, 48], UPDATE, "differ from what was agreed"),
+    ],
+    ids=["no step", "shape", "name"],
+)
+def test_what_an_edge_sends_along_is_checked(
+    doors: Doors, name: str, shape: list[int], update: Update | None, words: str
+) -> None:
+    line = doors.line("edge-0")
+    doors.greet(line)
+    hidden = torch.ones(2, doors.stage.hidden_size)
+    with pytest.raises(ProtocolError, match=words):
+        line(Message(Forward(**FORWARD, update=update), {"hidden": hidden, f"kept/{name}": torch.zeros(shape)}))
+
+
+def test_a_document_names_edges_in_the_one_place_where_they_can_be(llama_folder: Path) -> None:
+    values: dict[str, Any] = {
+        "model": str(llama_folder),
+        "plan": PLAN,
+        "links": {"edge": ["a:1", "b:2"], "cloud": "c:3"},
+    }
+    document = Document.of(values, Path.cwd())
+    assert document.addresses("edge") == ["a:1", "b:2"] and document.addresses("cloud") == ["c:3"]
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"links": {"edge": "a:1", "cloud": ["c:3", "d:4"]}}, "only the first party after the client"),
+        ({"together": {"mode": "client-batch"}}, "cannot share one adapter"),
+        ({"links": {"edge": []}}, "links.edge is empty"),
+        ({"edges": {"assign": "best"}}, "assign"),
+        ({"edges": {"switch_seconds": 0}}, "switch_seconds"),
+        ({"together": {"mode": "server-hierarchical", "cloud_adapter": "shared"}, "training": {"accumulate": 2}},
+         "accumulate must be 1"),
+    ]  # fmt: skip
+    for more, words in wrong:
+        with pytest.raises(ConfigError, match=words):
+            Document.of(values | more, Path.cwd())

@@ -45,7 +45,7 @@ class AnyOf:
     def __init__(
         self,
         addresses: list[str],
-        line: Callable[[str], GrpcLink],
+        line: Callable[..., GrpcLink],
         edges: Edges,
         *,
         ask: Callable[[str], GrpcLink],
@@ -86,8 +86,9 @@ class AnyOf:
         self._link = self._open()
 
     def _open(self) -> GrpcLink:
-        link = self._line(self.address)
-        link.patience, link.traffic = self._edges.switch_seconds, self.traffic
+        seconds = self._edges.switch_seconds
+        link = self._line(self.address, first_seconds=min(seconds, 8.0))
+        link.patience, link.traffic = seconds, self.traffic
         return link
 
     def _ranked(self, addresses: list[str], name: str) -> list[str]:
@@ -127,17 +128,23 @@ class Sent:
     """What was sent and answered in the steps that are not confirmed yet, to be sent again to another party."""
 
     def __init__(self) -> None:
-        self._messages: list[tuple[int, Message]] = []
+        self._messages: list[Message] = []
 
     def note(self, message: Message) -> None:
         """Note a request that was answered. A step in it is now made, so that nothing of it is sent again."""
-        meta = message.meta
-        update: Update | None = getattr(meta, "update", None)
+        update: Update | None = getattr(message.meta, "update", None)
         if update is not None:
-            self._messages = [(step, one) for step, one in self._messages if step > update.step]
-        if isinstance(meta, Backward) or (isinstance(meta, Forward) and meta.train):
-            self._messages.append((int(meta.session.partition(".")[0]), message))
+            self._messages = [one for one in self._messages if step_of(one) > update.step]
+        if step_of(message):
+            self._messages.append(message)
 
     def after(self, step: int) -> tuple[Message, ...]:
         """What was sent towards the steps after `step`, in order."""
-        return tuple(message for number, message in self._messages if number > step)
+        return tuple(message for message in self._messages if step_of(message) > step)
+
+
+def step_of(message: Message) -> int:
+    """The step towards which a training request is made; 0 for all other messages."""
+    meta = message.meta
+    named = isinstance(meta, Backward) or (isinstance(meta, Forward) and meta.train)
+    return int(meta.session.partition(".")[0]) if named else 0  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from noren.config import Document
 from noren.errors import Overloaded, ProtocolError
-from noren.parties.edges import AnyOf
+from noren.parties.edges import AnyOf, step_of
 from noren.partition.remote import RemoteSpan
 from noren.privacy.release import Releases
 from noren.training.loop import Remote
@@ -121,9 +121,7 @@ class RemoteState(Remote):
             return False
         client.span.steps.restart(was.applied, was.pending)
         if client.welcome.incarnation != was.incarnation and isinstance(client.link, AnyOf):
-            for message in client.releases.sent():
-                client.link.sent.note(message)
-            for message in client.link.sent.after(client.welcome.step):
+            for message in [one for one in client.releases.sent() if step_of(one) > client.welcome.step]:
                 client.link(message)
         return True
 
