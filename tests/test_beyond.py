@@ -13,12 +13,12 @@ import pytest
 from conftest import PLANS, identity, local_line
 from faults import FaultProxy
 from noren.adapters.lora import Lora
-from noren.cli.serve import following
 from noren.config import Document
 from noren.errors import HandshakeRefused, PeerError, ProtocolError
 from noren.parties.client import Client
 from noren.parties.policy import Policy
 from noren.parties.server import SpanServer
+from noren.parties.serving import following
 from noren.partition.stage import Stage
 from noren.training.loop import Trainer, Training
 from noren.types import PROTOCOL, Message, Noise, Welcome

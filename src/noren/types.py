@@ -72,7 +72,6 @@ class Together(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     weights: Literal["tokens", "samples"] = "tokens"  # server-hierarchical: what a replica's weight counts
     ends: bool = False  # server-hierarchical: average the clients' own adapters too, which then leave them
     cloud_adapter: Literal["replica", "shared"] = "replica"  # server-hierarchical: of the last party
-    at_once: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0  # server-hierarchical: clients in a round; 0: all
 
 
 def joins(together: Together) -> bool:
@@ -143,6 +142,7 @@ class Condition(Meta, frozen=True, kw_only=True, tag="condition"):
     cache_bytes: Count
     journal_bytes: Count
     rss_bytes: Count
+    spare: bool = False  # it stands in for others of its layers, and has none of its own work yet
 
 
 class Optimizer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -92,19 +92,21 @@ class AnyOf:
         return link
 
     def _ranked(self, addresses: list[str], name: str) -> list[str]:
-        """The addresses in the order in which they are to be tried; those that do not answer come last."""
+        """The addresses in the order in which they are to be tried: stand-ins, then the silent ones, come last."""
         conditions = {address: self._condition(address) for address in addresses}
         there = {address: condition for address, condition in conditions.items() if condition is not None}
-        silent = [address for address in addresses if address not in there]
+        spare = [address for address, condition in there.items() if condition.spare]
+        last = spare + [address for address in addresses if address not in there]
+        there = {address: condition for address, condition in there.items() if not condition.spare}
         if self._edges.assign == "round-robin":
-            next_one = sum(condition.runs for condition in there.values()) % max(len(there), 1)
-            return [*list(there)[next_one:], *list(there)[:next_one], *silent]
+            turn = sum(condition.runs for condition in there.values()) % max(len(there), 1)
+            return [*list(there)[turn:], *list(there)[:turn], *last]
 
         def load(address: str) -> tuple[int, int, int]:
             """Those who start at one moment see the same loads: their names spread them."""
             return there[address].runs, there[address].connections, zlib.crc32(f"{name} {address}".encode())
 
-        return [*sorted(there, key=load), *silent]
+        return [*sorted(there, key=load), *last]
 
     def _condition(self, address: str) -> Condition | None:
         link = self._ask(address)
