@@ -7,7 +7,6 @@ training is done in one piece, and the two are compared. Ends with a page that s
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from noren.cli.processes import end, last_words, peak, start
 from noren.errors import ConfigError, NorenError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 CLIENTS = ("clinic", "desk")
 NOTES, NOTES_SEED = 300, 7
 STEPS, LEARNING_RATE, BATCH = 60, 5e-3, 8
+TIERS_STEPS = 20
 OWN_LEARNING_RATE = 2e-4  # for a model that was not made for this
 
 
@@ -38,20 +39,35 @@ def demo(
         Path | None, typer.Option(help="Your own text, jsonl, csv or tsv; shared out to two clients.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("noren-demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each client.")] = STEPS,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help=f"Optimiser steps of each client; default: {STEPS}, or {TIERS_STEPS}.")
+    ] = None,
     plan: Annotated[str, typer.Option(help="The cut; default: two layers at each end stay with the client.")] = "",
     lr: Annotated[float, typer.Option(help="Learning rate; default: chosen by the model.")] = 0.0,
+    tiers: Annotated[
+        bool, typer.Option("--tiers", help="Four users, two edges and a cloud instead; an edge is killed on the way.")
+    ] = False,
 ) -> None:
     """Run the main job on this machine: one server, two clients, TLS between them; opens up what happened."""
     from noren.cli.show import say
 
+    if tiers:
+        from noren.cli.demo_tiers import show
+
+        if model != "embedded" or data is not None or plan or lr:
+            raise ConfigError(
+                "--tiers shows the embedded model on its own notes; leave --model, --data, --plan and --lr"
+            )
+        show(out, min(steps, TIERS_STEPS) if steps == STEPS else steps)
+        return
+
     started = time.monotonic()
-    run = Demo(model, data, out, steps, plan, lr)
+    run = Demo(model, data, out, steps or STEPS, plan, lr)
     say(f"Two clients, one server, one model ({model}), cut as: {', '.join(run.document.run.plan)}")
     with run.server() as (port, pid):
         say(f"server ready on 127.0.0.1:{port}, process {pid}; two clients train through it, each on its own notes")
         split = run.train("client", port)
-        server_peak = _peak(pid)
+        server_peak = peak(pid)
     say("the same training once more, unsplit, each in one process")
     whole = run.train("whole", port)
     result = run.result(split, whole, server_peak, time.monotonic() - started)
@@ -147,15 +163,15 @@ class Demo:
     def server(self) -> Iterator[tuple[int, int]]:
         """Run the server; yields its port and process number."""
         command = ["-m", "noren.cli.main", "serve", str(self.out / "server.toml"), "--party", "server"]
-        process = _start([*command, "--listen", "127.0.0.1:0", "--json"], self.out / "server.log")
+        process = start([*command, "--listen", "127.0.0.1:0", "--json"], self.out / "server.log")
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
             if not line.strip():
-                raise NorenError(f"the server did not start; {_last_words(self.out / 'server.log')}")
+                raise NorenError(f"the server did not start; {last_words(self.out / 'server.log')}")
             yield int(json.loads(line)["port"]), process.pid
         finally:
-            _end(process)
+            end(process)
 
     def train(self, what: str, port: int) -> dict[str, dict[str, Any]]:
         """Run `what` ("client" or "whole") of both clients side by side; returns their results by name."""
@@ -177,11 +193,11 @@ class Demo:
                     thread.join()
             except KeyboardInterrupt:
                 for process in self._running:
-                    _end(process)
+                    end(process)
                 raise
         for name in CLIENTS:
             if name not in results:
-                raise NorenError(f"{what} {name!r} ended early; {_last_words(self.out / f'{name}-{what}.log')}")
+                raise NorenError(f"{what} {name!r} ended early; {last_words(self.out / f'{name}-{what}.log')}")
         return results
 
     def _follow(self, what: str, name: str, bar: Any, task: Any, results: dict[str, dict[str, Any]]) -> None:
@@ -190,7 +206,7 @@ class Demo:
 
         started = time.monotonic()
         log = self.out / f"{name}-{what}.log"
-        process = _start(["-m", "noren.cli.demo_worker", what, str(self.out / f"{name}.toml")], log)
+        process = start(["-m", "noren.cli.demo_worker", what, str(self.out / f"{name}.toml")], log)
         self._running.append(process)
         assert process.stdout is not None
         for line in process.stdout:
@@ -281,36 +297,6 @@ def _record(example: Example) -> dict[str, Any]:
     if example.prompt is not None:
         return {"prompt": example.prompt, "response": example.text}
     return {"text": example.text}
-
-
-def _start(arguments: list[str], log: Path) -> subprocess.Popen[str]:
-    """Start a Python process whose stdout is read, whose stderr goes to a log, with one compute thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with log.open("w") as words:
-        return subprocess.Popen(
-            [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=words, text=True, env=environment
-        )
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """End a process: asked first, then made to."""
-    process.terminate()
-    try:
-        process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _last_words(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"its last words: {lines[-1] if lines else 'none'} (all of them: {log})"
-
-
-def _peak(pid: int) -> int:
-    from noren.metrics import peak_memory
-
-    return peak_memory(pid)
 
 
 def _tell(run: Demo, result: Any) -> None:

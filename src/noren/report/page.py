@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from noren.report import diagram, plots, words
@@ -48,25 +48,8 @@ class Row:
 def render(result: DemoResult) -> str:
     """Return the whole page as HTML; all text of the run is escaped."""
     colours = _colours(result)
-    environment = Environment(
-        loader=PackageLoader("noren", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        size=words.size,
-        count=words.count,
-        duration=words.duration,
-        decimal=words.decimal,
-        difference=words.difference,
-        ranges=words.ranges,
-        listed=words.listed,
-        pythonic=repr,
-    )
     top = _axis_top(result.clients)
-    return environment.get_template("report.html").render(
+    return template("report.html").render(
         run=result,
         verdict=verdict(result),
         agreement=AGREEMENT,
@@ -91,12 +74,38 @@ def render(result: DemoResult) -> str:
     )
 
 
+def template(name: str) -> Template:
+    """Return a page's template, with what all pages need to write numbers."""
+    environment = Environment(
+        loader=PackageLoader("noren", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        size=words.size,
+        count=words.count,
+        duration=words.duration,
+        decimal=words.decimal,
+        difference=words.difference,
+        ranges=words.ranges,
+        listed=words.listed,
+        pythonic=repr,
+    )
+    return environment.get_template(name)
+
+
 def write_report(result: DemoResult, path: Path) -> Path:
-    """Write the page to `path`, whole or not at all, and return `path`.
+    """Write the page to `path` and return `path`."""
+    return write_page(render(result), path)
+
+
+def write_page(page: str, path: Path) -> Path:
+    """Write a page to `path`, whole or not at all, and return `path`.
 
     The file is readable by its owner alone, for it quotes what the model wrote after private text.
     """
-    page = render(result)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

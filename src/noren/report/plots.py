@@ -16,7 +16,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from noren.report import words
-from noren.report.result import ClientResult
+from noren.report.result import ClientResult, UserResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,6 +70,22 @@ def losses(client: ClientResult, colour: str, name: str, top: float | None = Non
             f"Loss of {client.name} at each of {client.steps} steps, over the cut and in one process; on held-out text "
             f"it went from {words.decimal(first)} to {words.decimal(last)}",
         )
+
+
+def disturbed(user: UserResult, colour: str, name: str, top: float | None = None) -> str:
+    """Draw a user's loss a step, that of an undisturbed run pale beneath it, and where its edge died."""
+    with _drawing(2.1) as (figure, axes):
+        for losses, width, alpha in ((user.undisturbed, 6.0, 0.28), (user.losses, 1.3, 1.0)):
+            axes.plot(range(1, len(losses) + 1), losses, color=_STAND_IN[colour], linewidth=width, alpha=alpha)
+        if user.moved_at:
+            axes.axvline(user.moved_at, color=_STAND_IN["ink"], linewidth=0.8, linestyle="--")
+            axes.annotate(f"{user.edge} killed", (user.moved_at, 0), (4, 6), textcoords="offset points")
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.set_ylim(0, top)
+        axes.yaxis.grid(True)
+        figure.subplots_adjust(left=0.12, right=0.96, top=0.95, bottom=0.22)
+        return _svg(figure, name, f"Loss of {user.name} at each of {len(user.losses)} steps, and in an undisturbed run")
 
 
 def bars(rows: Sequence[Bar], name: str, label: str) -> str:

@@ -89,3 +89,35 @@ class DemoResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     seconds: float
     versions: dict[str, str]
     folder: str  # where the run's files are
+
+
+class UserResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one user of several tiers did, where its edge may have died, beside the same where none did."""
+
+    name: str
+    edge: str  # at first
+    later: str  # the edge that it ended at
+    moved_at: int  # step at hand when its edge died; 0 if it did not
+    losses: list[float]  # one a step
+    undisturbed: list[float]  # the same, where no edge died
+    held_out_before: float
+    held_out_after: float
+    steps: list[int]  # that its record holds, in order
+    adapter: str  # folder
+
+
+class TiersResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A run over users, edges and a cloud of which one edge was killed, and the same run undisturbed."""
+
+    title: str
+    model: str
+    plan: list[str]
+    every: int  # steps between averages
+    killed: str
+    users: list[UserResult]
+    largest_loss_difference: float  # between the two runs, over all users and steps
+    largest_adapter_difference: float
+    users_agree: bool  # whether all users ended with the same adapters
+    peak_bytes: dict[str, int]  # of each process, by name; 0 if it was not measured
+    seconds: float
+    folder: str
