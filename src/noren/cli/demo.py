@@ -55,10 +55,8 @@ def demo(
         from noren.cli.demo_tiers import show
 
         if model != "embedded" or data is not None or plan or lr:
-            raise ConfigError(
-                "--tiers shows the embedded model on its own notes; leave --model, --data, --plan and --lr"
-            )
-        show(out, min(steps, TIERS_STEPS) if steps == STEPS else steps)
+            raise ConfigError("--tiers: it shows the embedded model; leave out --model, --data, --plan and --lr")
+        show(out, steps or TIERS_STEPS)
         return
 
     started = time.monotonic()
