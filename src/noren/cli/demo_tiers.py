@@ -85,9 +85,7 @@ class Tiers:
         with ExitStack() as stack:
             for name in ("cloud", *EDGES):
                 stack.enter_context(self._serve(name))
-            say(
-                f"cloud and edges are ready ({', '.join(f'{n}: port {p}' for n, p in self._ports.items())}); users start"
-            )
+            say(f"ready: {', '.join(f'{name} on port {port}' for name, port in self._ports.items())}; now the users")
             followers = [self._train(name, stack) for name in USERS]
             if kill:
                 self._kill(kill)
