@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -264,7 +265,9 @@ def _keep_steps(metrics: Path, step: int) -> None:
     """Drop the lines of steps after `step`, which will be made again."""
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() and step else []
     kept = [line for line in lines if "loss" in (record := json.loads(line)) and record["step"] <= step]
-    metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    draft = metrics.with_name(f".{metrics.name}-draft")  # killed in the middle, it leaves the lines as they were
+    draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(draft, metrics)
 
 
 def _evaluations(outcome: Outcome, accuracy: dict[int, float]) -> list[dict[str, Any]]:

@@ -188,7 +188,7 @@ class Trainer:
         plan = self._plan()
         with _interrupts(self._stop):
             self._remote.enter()
-            self._average()  # if the run was ended just before it
+            self._between_steps()  # if the run was ended just before that
             for numbers in plan:
                 started = time.perf_counter()
                 loss, norm, tokens = self._made([[self.rows[i] for i in batch] for batch in numbers], numbers)
@@ -198,13 +198,11 @@ class Trainer:
                 self._since = (self._since[0] + tokens, self._since[1] + sum(map(len, numbers)))
                 self._report(Progress(done.step, self.steps, loss, norm, tokens, time.perf_counter() - started))
                 self._note()
-                self._average()
-                s = self.settings
-                if s.evaluate_every and done.step % s.evaluate_every == 0 and done.step < self.steps:
-                    self.evaluate()
+                self._between_steps()
                 if self._stop.is_set():
                     done.interrupted = done.step < self.steps
                     break
+                s = self.settings
                 if s.save_every and done.step % s.save_every == 0 and done.step < self.steps:
                     self.save()
             self._remote.flush()
@@ -224,13 +222,15 @@ class Trainer:
                 log.warning("%s", error)
         return self.step(batch, numbers)
 
-    def _average(self) -> None:
-        """Average with the group, if that is due and was not done."""
-        step = self.outcome.step
+    def _between_steps(self) -> None:
+        """Average with the group, and evaluate, where that is due and was not done."""
+        step, every = self.outcome.step, self.settings.evaluate_every
         if step and self._averaged != step and self._remote.averages_after(step):
             self._remote.average(step, *self._since)
             self._averaged, self._since = step, (0, 0)
             self._note()
+        if every and 0 < step < self.steps and step % every == 0 and step not in self.outcome.evaluations:
+            self.evaluate()
 
     def step(self, batch: list[list[Row]], numbers: list[list[int]] | None = None) -> tuple[float, float, int]:
         """One optimiser step on some batches of rows: returns (loss, gradient norm before clipping, real tokens).
