@@ -485,6 +485,23 @@ def test_a_group_ends_with_its_last_client(llama_folder: Path) -> None:
         assert not names, "its adapter is gone"
 
 
+@pytest.mark.parametrize("mode", ["client-batch", "server-hierarchical"])
+def test_nobody_begins_before_all_take_part(llama_folder: Path, tmp_path: Path, mode: str) -> None:
+    """One that is connected, but still evaluates, say, is waited for; and whoever takes part already goes on alone."""
+    with Journal(tmp_path / "journal") as journal, ExitStack() as stack:
+        at = Site(llama_folder, stack, journal, mode=mode, clients=2)
+        one, two = at.client("c0"), at.client("c1")
+        with pytest.raises(Overloaded, match="1 of the 2 clients"):
+            one.link(Message(Enter()))
+        two.link(Message(Enter()))
+        group = next(iter(at.server.runs.values())).group
+        assert group is not None and group._present == {"c0/run", "c1/run"}, "who had asked before is in it from now on"
+        assert set(group.ledger.group()[0]) == group._present
+        one.link(Message(Enter()))
+        again = Site(llama_folder, stack, journal, mode=mode, clients=2)  # as if the server had crashed and come back
+        again.client("c0").link(Message(Enter()))  # the other has not connected yet
+
+
 def test_batches_are_joined_instead_of_accumulated() -> None:
     values = {"model": "embedded", "together": {"mode": "client-batch"}, "training": {"accumulate": 2}}
     with pytest.raises(ConfigError, match=r"training\.accumulate must be 1"):
