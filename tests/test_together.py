@@ -502,6 +502,38 @@ def test_nobody_begins_before_all_take_part(llama_folder: Path, tmp_path: Path, 
         again.client("c0").link(Message(Enter()))  # the other has not connected yet
 
 
+def test_a_step_that_is_made_again_is_the_same_step(llama_folder: Path) -> None:
+    """With the same dropout at either end, and with the same noise: what leaves a second time says nothing new."""
+    found, left = [], dict[str, Tensor]()
+    for again in (False, True):
+        with site(llama_folder, "client-batch", 1) as at:
+
+            def late(handler: Handler, again: bool = again) -> Handler:
+                def line(message: Message) -> Message:
+                    if isinstance(message.meta, Forward) and message.meta.train:
+                        left[message.meta.session] = message.tensors["hidden"]
+                    if again and isinstance(message.meta, Backward) and message.meta.session == "2.0":
+                        raise TooLate("the group went on")
+                    return handler(message)
+
+                return line
+
+            values = {"model": str(llama_folder), "plan": U_SHAPED, "adapter": ADAPTER | {"dropout": 0.2}, "seed": 1,
+                      "noise": {"clip": 100.0, "scale": 0.01}, "together": at.together}  # fmt: skip
+            lora = msgspec.convert(ADAPTER | {"dropout": 0.2}, Lora)
+            server = SpanServer(Stage.load(llama_folder, U_SHAPED, "server", "causal-lm"), lora=lora)
+            at.stack.callback(server.close)
+            client = Client(Document.of(values, Path.cwd()), server.connect(identity("c0")))
+            at.stack.callback(client.close)
+            client.releases._noise._secret = b"of both runs"  # type: ignore[union-attr]
+            client.span.handler = late(client.span.handler)
+            torch.manual_seed(8)
+            outcome = at.trainer(client, datasets()[0], settings(4)).run()
+            found.append((outcome.losses, client.adapter_state()))
+    assert found[0][0] == found[1][0] and differ(found[0][1], found[1][1]) == 0
+    assert torch.equal(left["2.0"], left["2.1"]) and left.keys() == {"1.0", "2.0", "2.1", "3.0", "4.0"}
+
+
 def test_batches_are_joined_instead_of_accumulated() -> None:
     values = {"model": "embedded", "together": {"mode": "client-batch"}, "training": {"accumulate": 2}}
     with pytest.raises(ConfigError, match=r"training\.accumulate must be 1"):

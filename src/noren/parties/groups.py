@@ -116,7 +116,7 @@ class Group:
         here = self.runs.keys() if self.together.mode == "sequential" else self._ready
         if len(here) < (wanted := self.together.clients):
             text = f"{len(here)} of the {wanted} clients of group {self.together.group!r} are here"
-            raise Overloaded(text, RETRY)
+            raise Overloaded(text, LOOK)  # soon: from the moment that enough are here, this one is waited for
         self._started = True
         if self.together.mode != "sequential":
             self._present |= self._ready

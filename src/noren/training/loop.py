@@ -202,8 +202,7 @@ class Trainer:
                 if self._stop.is_set():
                     done.interrupted = done.step < self.steps
                     break
-                s = self.settings
-                if s.save_every and done.step % s.save_every == 0 and done.step < self.steps:
+                if (every := self.settings.save_every) and done.step % every == 0 and done.step < self.steps:
                     self.save()
             self._remote.flush()
             self._note()
@@ -214,12 +213,14 @@ class Trainer:
         return self.outcome
 
     def _made(self, batch: list[list[Row]], numbers: list[list[int]]) -> tuple[float, float, int]:
-        """Make a step; again, if the group went on without it."""
+        """Make a step; again, with the same dropout, if the group went on without it."""
+        random = torch.get_rng_state()
         for _ in range(TOO_OFTEN):
             try:
                 return self.step(batch, numbers)
             except TooLate as error:
                 log.warning("%s", error)
+                torch.set_rng_state(random)
         return self.step(batch, numbers)
 
     def _between_steps(self) -> None:
@@ -326,8 +327,7 @@ class Trainer:
     def _note(self, *, restarted: bool = False) -> None:
         """Keep this party's own state, and where the remote parties are."""
         if self._journal is not None:
-            state = Kept(self._words(), self._tensors(), self._remote.position())
-            self._journal.write(state, restarted=restarted)
+            self._journal.write(Kept(self._words(), self._tensors(), self._remote.position()), restarted=restarted)
 
     def _tensors(self) -> dict[str, Tensor]:
         """The adapters of this party, its optimiser's moments, and its random numbers."""
