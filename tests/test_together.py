@@ -25,6 +25,7 @@ from noren.parties.server import SpanServer
 from noren.partition.stage import Stage
 from noren.training.averaging import average
 from noren.training.batches import Row
+from noren.training.journal import StepJournal
 from noren.training.loop import Outcome, Progress, Trainer, Training, _targets
 from noren.types import Average, Backward, Enter, Forward, Handler, Leave, Message, Optimizer, Step, Update
 from noren.wire.grpc_server import GrpcServer
@@ -499,7 +500,37 @@ def test_nobody_begins_before_all_take_part(llama_folder: Path, tmp_path: Path, 
         assert set(group.ledger.group()[0]) == group._present
         one.link(Message(Enter()))
         again = Site(llama_folder, stack, journal, mode=mode, clients=2)  # as if the server had crashed and come back
-        again.client("c0").link(Message(Enter()))  # the other has not connected yet
+        back = Client(one.document, again.server.connect(identity("c0")), resume=one.welcome.incarnation)
+        back.link(Message(Enter()))  # the other has not connected yet
+        third = Site(llama_folder, stack, journal, mode=mode, clients=2)
+        anew = third.client("c1")  # whose run begins anew takes no part yet, although one of its name did
+        group = next(iter(third.server.runs.values())).group
+        assert group is not None and group._present == {"c0/run"} == set(group.ledger.group()[0])
+        anew.link(Message(Enter()))
+
+
+def test_one_that_is_done_waits_for_nobody(llama_folder: Path, tmp_path: Path) -> None:
+    """It was killed after its last step, and neither the server nor the others are there any more."""
+    with Journal(tmp_path / "journal") as journal, Journal(tmp_path / "own") as own, ExitStack() as stack:
+        at = Site(llama_folder, stack, journal, mode="server-hierarchical", clients=2, every=2)
+        client, other = at.client("c0"), at.client("c1")
+        first = Trainer(client.model, datasets()[0], [], settings(2), pad_id=0, seed=3, remote=client.remote(),
+                        journal=StepJournal(own, "run"))  # fmt: skip
+        second = at.trainer(other, datasets()[1], settings(2))
+        with ThreadPoolExecutor(2) as pool:
+            for one in [pool.submit(first.run), pool.submit(second.run)]:
+                assert one.result(timeout=60).step == 2
+        expected = client.adapter_state()
+        again = Site(llama_folder, stack, journal, mode="server-hierarchical", clients=2, every=2)
+        back = Client(client.document, again.server.connect(identity("c0")), resume=client.welcome.incarnation)
+        trainer = Trainer(back.model, datasets()[0], [], settings(2), pad_id=0, seed=3, remote=back.remote(),
+                          journal=StepJournal(own, "run"))  # fmt: skip
+        assert trainer.resume() == 2
+        ending = threading.Thread(target=trainer.run, daemon=True)
+        ending.start()
+        ending.join(20)
+        assert not ending.is_alive(), "it waits for the other"
+        assert differ(back.adapter_state(), expected) == 0
 
 
 def test_a_step_that_is_made_again_is_the_same_step(llama_folder: Path) -> None:

@@ -113,7 +113,7 @@ class Group:
         if self._started or member in self._present:
             return
         self._ready.add(member)
-        here = self.runs.keys() if self.together.mode == "sequential" else self._ready
+        here = self.runs.keys() if self.together.mode == "sequential" else self._ready | self._present
         if len(here) < (wanted := self.together.clients):
             text = f"{len(here)} of the {wanted} clients of group {self.together.group!r} are here"
             raise Overloaded(text, LOOK)  # soon: from the moment that enough are here, this one is waited for

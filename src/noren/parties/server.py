@@ -250,6 +250,8 @@ class SpanServer:
             raise
         run = Run(trainer, ledger, begun, opener=number, connections=1, left=self._clock(), group=group)
         if group is not None:
+            if saved is None:  # nor does it take part still, as one of its name did that was given up
+                group.leave(label_of(owner, hello.run))
             group.join(label_of(owner, hello.run), run)
         if self.following is not None:
             run.following = self.following(

@@ -185,11 +185,11 @@ class Trainer:
         if self.outcome.step == 0 and not self.outcome.evaluations:
             self.evaluate()
             self._note()
-        plan = self._plan()
         with _interrupts(self._stop):
-            self._remote.enter()
+            if self.outcome.step < self.steps:  # else nobody need be waited for
+                self._remote.enter()
             self._between_steps()  # if the run was ended just before that
-            for numbers in plan:
+            for numbers in self._plan():
                 started = time.perf_counter()
                 loss, norm, tokens = self._made([[self.rows[i] for i in batch] for batch in numbers], numbers)
                 done = self.outcome
