@@ -395,7 +395,5 @@ def _body_state(group: Group) -> Change:
 
 
 def _too_late(group: Group) -> TooLate:
-    return TooLate(
-        f"the group {group.together.group!r} went on without this step (it waits {group.together.wait_seconds:g} s), "
-        "or this party was restarted in the middle of it; the step must be made again"
-    )
+    what = f"the group {group.together.group!r} went on without this step, or this party was restarted in it"
+    return TooLate(f"{what}; the step must be made again")

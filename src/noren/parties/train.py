@@ -148,6 +148,11 @@ def _train(
             if report is not None:
                 report(line, progress)
 
+        if (done := _over(StepJournal(journal, document.run.name), out)) is not None:
+            return Trained(
+                outcome=done, steps=done.step, out=out, adapter=out / "adapter", accuracy={}, prepared=prepared,
+                traffic=client.traffic.copy(),
+            )  # fmt: skip
         _keep_steps(metrics, trainer.resume() if resume else 0)
         (out / "run.toml").write_text(document.to_toml(), encoding="utf-8")
         if prepared.labels:
@@ -157,14 +162,24 @@ def _train(
         adapter = None
         if not outcome.interrupted:
             accuracy |= _accuracy(trainer, prepared)
-            adapter = client.save_adapter(out / "adapter")
             _append(metrics, *_evaluations(outcome, accuracy))
+            adapter = client.save_adapter(out / "adapter")  # the last that is written: where it is, the run is over
         return Trained(
             outcome=outcome, steps=trainer.steps, out=out, adapter=adapter, accuracy=accuracy, prepared=prepared,
             traffic=client.traffic.copy(),
         )  # fmt: skip
     finally:
         client.close()
+
+
+def _over(journal: StepJournal, out: Path) -> Outcome | None:
+    """What a run has come to that was killed when all of it was here; the servers need not hold it any more."""
+    kept = journal.read()
+    settle(out / "adapter")
+    if kept is None or kept.words["step"] < kept.words["steps"] or not (out / "adapter").is_dir():
+        return None
+    evaluations = {int(step): loss for step, loss in kept.words["evaluations"].items()}
+    return Outcome(kept.tensors["losses"].tolist(), evaluations, kept.words["step"])
 
 
 def prepare(document: Document, tokenizer: Any) -> Prepared:
