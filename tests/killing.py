@@ -56,12 +56,13 @@ class Kill:
     victim: str
     step: int  # that was told before it
     moment: str
-    seconds: float  # "any time", "starting": after that step, or the start
+    seconds: float = 0.0  # "any time", "starting": after that step, or the start
     call: str = ""  # "call": which
     nth: int = 0  # "call": of the calls of a thread from then on
 
     def __str__(self) -> str:
-        return f"call {self.call} {self.nth}" if self.call else f"{self.moment} +{self.seconds:.3f} s"
+        after = f" {self.call} {self.nth}" if self.call else f" +{self.seconds:.3f} s" if self.seconds else ""
+        return self.moment + after
 
 
 @cache
@@ -83,8 +84,10 @@ def plan(seed: int, kills: int, victims: list[str], steps: int) -> list[Kill]:
             out.append(Kill(out[-1].victim, out[-1].step, "starting", draw.uniform(0.0, 0.9)))
         elif moment == "call" and can_trace():
             out.append(Kill(victim, step, moment, 0.0, call, nth))
+        elif moment == "any time":
+            out.append(Kill(victim, step, moment, seconds))
         else:
-            out.append(Kill(victim, step, "log grows" if moment == "call" else moment, seconds))
+            out.append(Kill(victim, step, "log grows"))
     return out
 
 
@@ -194,7 +197,7 @@ class Runs:
             if not self.children[victim].alive:  # that client is done; the parties that serve are never
                 victim = self.parties[-1]
             if not (how := self.kill(victim, kill)):
-                how = self.kill(victim := self.parties[-1], Kill(victim, kill.step, "any time", 0.0))
+                how = self.kill(victim := self.parties[-1], Kill(victim, kill.step, "any time"))
             self.kills += 1
             before, ended = self.told(watched), time.monotonic()
             again = kills[number + 1 :][:1] and kills[number + 1].moment == "starting"
