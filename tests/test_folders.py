@@ -124,3 +124,19 @@ def test_slices_go_into_a_folder_of_slices(tmp_path: Path) -> None:
     assert "exists already" in cut(code=3) and content(out) == before
     cut("--party", "client", code=0)
     assert {path.name for path in out.iterdir()} == {"client", "server"}
+
+
+@pytest.mark.parametrize("fails", ["", "close"], ids=["closed", "killed before it was closed"])
+@pytest.mark.parametrize("mode", ["alone", "client-batch"])
+def test_a_run_that_is_over_stays_as_it_is(
+    run: Callable[..., Any], server: SpanServer, tmp_path: Path, mode: str, fails: str
+) -> None:
+    """Resumed once more, as one that was killed at its very end is: the server need not hold any of it."""
+    first = run(together={"mode": mode}, fails=fails)
+    assert len(server.runs) == bool(fails)
+    files = {
+        path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.suffix in (".safetensors", ".jsonl")
+    }
+    again = run(together={"mode": mode}, resume=True)
+    assert again.outcome == first.outcome and again.steps == first.steps and again.adapter == first.adapter
+    assert {path: path.read_bytes() for path in files} == files and not server.runs

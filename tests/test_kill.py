@@ -15,11 +15,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from conftest import U_SHAPED
+from conftest import U_SHAPED, tiny_llama
 from noren.config import Document
 from noren.errors import LinkError
+from noren.parties import train
 from noren.parties.client import Client
+from noren.training.journal import StepJournal
+from noren.training.loop import Trainer, Training
 from noren.types import Message
+from noren.wire.journal import Journal
+from test_crossing import rows
 
 
 def free_port() -> int:
@@ -90,6 +95,51 @@ def test_a_server_that_stays_away_is_an_error(keys: Path, llama_folder: Path, tm
     with pytest.raises(LinkError, match=f"127.0.0.1:{port}: no answer for 2 s"):
         client.model(torch.ones(1, 3, dtype=torch.long))
     client.close()
+
+
+def test_an_evaluation_that_was_cut_short_is_made_by_whoever_goes_on(tmp_path: Path) -> None:
+    """The client dies in an evaluation between two steps, the steps before which it has kept."""
+
+    class Dying(Trainer):
+        def evaluate(self) -> float | None:
+            if self.outcome.step == 2:
+                raise KeyboardInterrupt
+            return super().evaluate()
+
+    settings = Training(steps=6, batch_size=2, evaluate_every=2, lr=1e-2)
+    with Journal(tmp_path / "journal") as journal:
+
+        def trainer(kind: type[Trainer], run: str) -> Trainer:
+            return kind(tiny_llama(), rows(), rows(2), settings, pad_id=0, seed=3, journal=StepJournal(journal, run))
+
+        undisturbed = trainer(Trainer, "calm").run()
+        with pytest.raises(KeyboardInterrupt):
+            trainer(Dying, "killed").run()
+        again = trainer(Trainer, "killed")
+        assert again.resume() == 2
+        assert again.run() == undisturbed and list(undisturbed.evaluations) == [0, 2, 4, 6]
+
+
+def test_metrics_outlive_a_kill_while_they_are_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever resumes drops the lines of steps to come; if it dies there, those of steps that are done are left."""
+    metrics, before = tmp_path / "metrics.jsonl", "".join(f'{{"step": {n}, "loss": 1.0}}\n' for n in (1, 2, 3))
+    metrics.write_text(before)
+    opened = Path.open
+
+    def dies(path: Path, *args: Any, **more: Any) -> Any:
+        file = opened(path, *args, **more)
+        if "w" in str(args) + str(more):  # what was there is gone, what is to come is not written
+            file.close()
+            raise KeyboardInterrupt
+        return file
+
+    monkeypatch.setattr(Path, "open", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train._keep_steps(metrics, 2)
+    monkeypatch.undo()
+    assert metrics.read_text() == before
+    train._keep_steps(metrics, 2)
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2]
 
 
 def test_stories_over_three_processes(keys: Path, data_folder: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from noren.parties.server import SpanServer
 from noren.partition.stage import Stage
 from noren.training.averaging import average
 from noren.training.batches import Row
+from noren.training.journal import StepJournal
 from noren.training.loop import Outcome, Progress, Trainer, Training, _targets
 from noren.types import Average, Backward, Enter, Forward, Handler, Leave, Message, Optimizer, Step, Update
 from noren.wire.grpc_server import GrpcServer
@@ -491,6 +492,85 @@ def test_a_group_ends_with_its_last_client(llama_folder: Path) -> None:
         assert not at.server.groups._groups and not at.server.runs
         names = [name for name, _ in at.server.stage.model.named_parameters() if "lora_" in name]
         assert not names, "its adapter is gone"
+
+
+@pytest.mark.parametrize("mode", ["client-batch", "server-hierarchical"])
+def test_nobody_begins_before_all_take_part(llama_folder: Path, tmp_path: Path, mode: str) -> None:
+    """One that is connected, but still evaluates, say, is waited for; and whoever takes part already goes on alone."""
+    with Journal(tmp_path / "journal") as journal, ExitStack() as stack:
+        at = Site(llama_folder, stack, journal, mode=mode, clients=2)
+        one, two = at.client("c0"), at.client("c1")
+        with pytest.raises(Overloaded, match="1 of the 2 clients"):
+            one.link(Message(Enter()))
+        two.link(Message(Enter()))
+        group = next(iter(at.server.runs.values())).group
+        assert group is not None and group._present == {"c0/run", "c1/run"}, "who had asked before is in it from now on"
+        assert set(group.ledger.group()[0]) == group._present
+        one.link(Message(Enter()))
+        again = Site(llama_folder, stack, journal, mode=mode, clients=2)  # as if the server had crashed and come back
+        back = Client(one.document, again.server.connect(identity("c0")), resume=one.welcome.incarnation)
+        back.link(Message(Enter()))  # the other has not connected yet
+        third = Site(llama_folder, stack, journal, mode=mode, clients=2)
+        anew = third.client("c1")  # whose run begins anew takes no part yet, although one of its name did
+        group = next(iter(third.server.runs.values())).group
+        assert group is not None and group._present == {"c0/run"} == set(group.ledger.group()[0])
+        anew.link(Message(Enter()))
+
+
+def test_one_that_is_done_waits_for_nobody(llama_folder: Path, tmp_path: Path) -> None:
+    """It was killed after its last step, and neither the server nor the others are there any more."""
+    with Journal(tmp_path / "journal") as journal, Journal(tmp_path / "own") as own, ExitStack() as stack:
+        at = Site(llama_folder, stack, journal, mode="server-hierarchical", clients=2, every=2)
+        client, other = at.client("c0"), at.client("c1")
+        first = Trainer(client.model, datasets()[0], [], settings(2), pad_id=0, seed=3, remote=client.remote(),
+                        journal=StepJournal(own, "run"))  # fmt: skip
+        second = at.trainer(other, datasets()[1], settings(2))
+        with ThreadPoolExecutor(2) as pool:
+            for one in [pool.submit(first.run), pool.submit(second.run)]:
+                assert one.result(timeout=60).step == 2
+        expected = client.adapter_state()
+        again = Site(llama_folder, stack, journal, mode="server-hierarchical", clients=2, every=2)
+        back = Client(client.document, again.server.connect(identity("c0")), resume=client.welcome.incarnation)
+        trainer = Trainer(back.model, datasets()[0], [], settings(2), pad_id=0, seed=3, remote=back.remote(),
+                          journal=StepJournal(own, "run"))  # fmt: skip
+        assert trainer.resume() == 2
+        ending = threading.Thread(target=trainer.run, daemon=True)
+        ending.start()
+        ending.join(20)
+        assert not ending.is_alive(), "it waits for the other"
+        assert differ(back.adapter_state(), expected) == 0
+
+
+def test_a_step_that_is_made_again_is_the_same_step(llama_folder: Path) -> None:
+    """With the same dropout at either end, and with the same noise: what leaves a second time says nothing new."""
+    found, left = [], dict[str, Tensor]()
+    for again in (False, True):
+        with site(llama_folder, "client-batch", 1) as at:
+
+            def late(handler: Handler, again: bool = again) -> Handler:
+                def line(message: Message) -> Message:
+                    if isinstance(message.meta, Forward) and message.meta.train:
+                        left[message.meta.session] = message.tensors["hidden"]
+                    if again and isinstance(message.meta, Backward) and message.meta.session == "2.0":
+                        raise TooLate("the group went on")
+                    return handler(message)
+
+                return line
+
+            values = {"model": str(llama_folder), "plan": U_SHAPED, "adapter": ADAPTER | {"dropout": 0.2}, "seed": 1,
+                      "noise": {"clip": 100.0, "scale": 0.01}, "together": at.together}  # fmt: skip
+            lora = msgspec.convert(ADAPTER | {"dropout": 0.2}, Lora)
+            server = SpanServer(Stage.load(llama_folder, U_SHAPED, "server", "causal-lm"), lora=lora)
+            at.stack.callback(server.close)
+            client = Client(Document.of(values, Path.cwd()), server.connect(identity("c0")))
+            at.stack.callback(client.close)
+            client.releases._noise._secret = b"of both runs"  # type: ignore[union-attr]
+            client.span.handler = late(client.span.handler)
+            torch.manual_seed(8)
+            outcome = at.trainer(client, datasets()[0], settings(4)).run()
+            found.append((outcome.losses, client.adapter_state()))
+    assert found[0][0] == found[1][0] and differ(found[0][1], found[1][1]) == 0
+    assert torch.equal(left["2.0"], left["2.1"]) and left.keys() == {"1.0", "2.0", "2.1", "3.0", "4.0"}
 
 
 def test_batches_are_joined_instead_of_accumulated() -> None:

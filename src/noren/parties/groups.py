@@ -72,10 +72,11 @@ class Group:
         self.body, self.ledger, self._clock = body, ledger, clock
         self.joint = Joint(body, self.together.clip) if body is not None else None
         self.runs: dict[str, Run] = {}
-        present, self._holder = ledger.group()
+        present, self._holder, self._started = ledger.group()
         self._present = set(present)  # who takes part now
         self._asked: dict[str, float] = {}  # sequential: who wants to be next, and when it last said so
-        self._started, self._begun = bool(self._present or self._holder), clock()
+        self._ready: set[str] = set()  # who has asked to take part before enough had
+        self._begun = clock()
         self._meetings: dict[Hashable, _Meeting] = {}
         self._round, self._until, self._making = 0, 0.0, False  # client-batch: of the step that is due
         self._change = threading.Condition()
@@ -104,10 +105,7 @@ class Group:
     def enter(self, member: str) -> None:
         """Let a client take part. Raises Overloaded until it may."""
         with self._change:
-            self._started = self._started or len(self.runs) >= self.together.clients
-            if not self._started:
-                here, wanted = len(self.runs), self.together.clients
-                raise Overloaded(f"{here} of the {wanted} clients of group {self.together.group!r} are here", RETRY)
+            self._begin(member)
             if self.mode == "sequential":
                 self._take_turn(member)
             if member not in self._present:
@@ -115,9 +113,27 @@ class Group:
                 self._note()
             self._change.notify_all()
 
+    def _begin(self, member: str) -> None:
+        """Begin once enough have come, and all of them at once. Raises Overloaded before.
+
+        One that is connected may still have an evaluation to make: where all make their steps together, it has come
+        only when it asks to take part, or else the others would begin without it. Who takes part already goes on.
+        """
+        if self._started or member in self._present:
+            return
+        self._ready.add(member)
+        here = self.runs.keys() if self.mode == "sequential" else self._ready | self._present
+        if len(here) < (wanted := self.together.clients):
+            text = f"{len(here)} of the {wanted} clients of group {self.together.group!r} are here"
+            raise Overloaded(text, LOOK)  # soon: from the moment that enough are here, this one is waited for
+        self._started = True
+        if self.mode != "sequential":
+            self._present |= self._ready
+        self._note()
+
     def _note(self) -> None:
         """Keep who takes part, and whose turn it is."""
-        self.ledger.keep_group(sorted(self._present), self._holder)
+        self.ledger.keep_group(sorted(self._present), self._holder, self._started)
 
     def _take_turn(self, member: str) -> None:
         """Give the shared adapter to one client at a time, in the order in which they first asked."""
@@ -144,6 +160,7 @@ class Group:
         """Nobody waits for this client any more."""
         with self._change:
             self._present.discard(member)
+            self._ready.discard(member)
             self._asked.pop(member, None)
             if self._holder == member:
                 self._holder = ""

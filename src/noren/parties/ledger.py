@@ -115,14 +115,16 @@ class Ledger:
         """Keep how the run began."""
         keep_all([(self, Change({"run": Draft(msgspec.json.encode(begun), None)}))])
 
-    def group(self) -> tuple[list[str], str]:
-        """Return who takes part in the group whose record this is, and whose turn it is ("": nobody's)."""
+    def group(self) -> tuple[list[str], str, bool]:
+        """Return who takes part in the group whose record this is, whose turn it is ("": nobody's), if it has begun."""
         found = self._read("group")
-        return msgspec.json.decode(found.words, type=tuple[list[str], str]) if found is not None else ([], "")
+        return (
+            msgspec.json.decode(found.words, type=tuple[list[str], str, bool]) if found is not None else ([], "", False)
+        )
 
-    def keep_group(self, present: list[str], holder: str) -> None:
-        """Keep who takes part, and whose turn it is."""
-        keep_all([(self, Change({"group": Draft(msgspec.json.encode((present, holder)))}))])
+    def keep_group(self, present: list[str], holder: str, begun: bool) -> None:
+        """Keep what `group` returns."""
+        keep_all([(self, Change({"group": Draft(msgspec.json.encode((present, holder, begun)))}))])
 
     def before(self) -> dict[str, Tensor]:
         """Return the state of the parties before this one, as they sent it last; {} if they did not."""

@@ -355,5 +355,5 @@ def _body_state(group: Group) -> Change:
 
 
 def _too_late(group: Group) -> TooLate:
-    seconds = group.together.wait_seconds
-    return TooLate(f"the group {group.together.group!r} waited {seconds:g} s and went on; this step must be made again")
+    what = f"the group {group.together.group!r} went on without this step, or this party was restarted in it"
+    return TooLate(f"{what}; the step must be made again")

@@ -123,6 +123,8 @@ class Table:
             moving=saved is None and bool(begun.next_incarnation),
         )  # fmt: skip
         if group is not None:
+            if saved is None:  # nor does it take part still, as one of its name did that was given up
+                group.leave(run.member)
             group.join(run.member, run)
         if host.following is not None:
             run.following = host.following(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -147,6 +148,11 @@ def _train(
             if report is not None:
                 report(line, progress)
 
+        if (done := _over(StepJournal(journal, document.run.name), out)) is not None:
+            return Trained(
+                outcome=done, steps=done.step, out=out, adapter=out / "adapter", accuracy={}, prepared=prepared,
+                traffic=client.traffic.copy(),
+            )  # fmt: skip
         _keep_steps(metrics, trainer.resume() if resume else 0)
         (out / "run.toml").write_text(document.to_toml(), encoding="utf-8")
         if prepared.labels:
@@ -156,14 +162,24 @@ def _train(
         adapter = None
         if not outcome.interrupted:
             accuracy |= _accuracy(trainer, prepared)
-            adapter = client.save_adapter(out / "adapter")
             _append(metrics, *_evaluations(outcome, accuracy))
+            adapter = client.save_adapter(out / "adapter")  # the last that is written: where it is, the run is over
         return Trained(
             outcome=outcome, steps=trainer.steps, out=out, adapter=adapter, accuracy=accuracy, prepared=prepared,
             traffic=client.traffic.copy(),
         )  # fmt: skip
     finally:
         client.close()
+
+
+def _over(journal: StepJournal, out: Path) -> Outcome | None:
+    """What a run has come to that was killed when all of it was here; the servers need not hold it any more."""
+    kept = journal.read()
+    settle(out / "adapter")
+    if kept is None or kept.words["step"] < kept.words["steps"] or not (out / "adapter").is_dir():
+        return None
+    evaluations = {int(step): loss for step, loss in kept.words["evaluations"].items()}
+    return Outcome(kept.tensors["losses"].tolist(), evaluations, kept.words["step"])
 
 
 def prepare(document: Document, tokenizer: Any) -> Prepared:
@@ -264,7 +280,9 @@ def _keep_steps(metrics: Path, step: int) -> None:
     """Drop the lines of steps after `step`, which will be made again."""
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() and step else []
     kept = [line for line in lines if "loss" in (record := json.loads(line)) and record["step"] <= step]
-    metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    draft = metrics.with_name(f".{metrics.name}-draft")  # killed in the middle, it leaves the lines as they were
+    draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(draft, metrics)
 
 
 def _evaluations(outcome: Outcome, accuracy: dict[int, float]) -> list[dict[str, Any]]:

@@ -3,8 +3,8 @@
 `Releases` does to a message what the run's terms say (clipping, noise), counts the vectors in it against the budget,
 and, with a journal, writes both down before the message goes: a step that is sent again, after a lost answer, a
 restart or a peer's claim that it got nothing, is sent as it was, value for value. Noise that were drawn anew at every
-retry could be averaged away. Of a step that is computed again, from a checkpoint, the noise is the same if what it is
-added to is the same: it is drawn by a secret of the run, which the journal keeps.
+retry could be averaged away. Of a step that is computed again, from a checkpoint or because a group went on without it,
+the noise is the same if what it is added to is the same: it is drawn by a secret of the run, which the journal keeps.
 
 With a `DeltaSender`, what leaves in a training pass is what the peer will put together from differences; that is what
 is kept and counted. The differences themselves are sent once, and the values wherever the peer cannot use them.
@@ -90,7 +90,7 @@ class Releases:
                 f"{self._rule}"
             )
         if self._noise is not None:
-            message = Message(message.meta, {name: self._noise(vectors, key)})
+            message = Message(message.meta, {name: self._noise(vectors, _pass(key))})
         if key and self._delta is not None and isinstance(message.meta, Forward):
             message = self._encode(message, message.meta, samples, self._delta)
         self._write(message, key, spent)
@@ -174,6 +174,12 @@ def _order(key: str) -> tuple[int, int, bool]:
     _, session, kind = key.split("/")
     step, _, number = session.partition(".")
     return int(step), int(number), kind == "backward"
+
+
+def _pass(key: str) -> str:
+    """What noise is drawn by: step and phase. A step that is made again has another number, and the same noise."""
+    sent, _, kind = key.rpartition("/")
+    return f"{sent.rpartition('.')[0]}/{kind}" if key else ""
 
 
 def _step(key: str) -> float:

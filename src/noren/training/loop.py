@@ -185,11 +185,11 @@ class Trainer:
         if self.outcome.step == 0 and not self.outcome.evaluations:
             self.evaluate()
             self._note()
-        plan = self._plan()
         with _interrupts(self._stop):
-            self._remote.enter()
-            self._average()  # if the run was ended just before it
-            for numbers in plan:
+            if self.outcome.step < self.steps:  # else nobody need be waited for
+                self._remote.enter()
+            self._between_steps()  # if the run was ended just before that
+            for numbers in self._plan():
                 started = time.perf_counter()
                 loss, norm, tokens = self._made([[self.rows[i] for i in batch] for batch in numbers], numbers)
                 done = self.outcome
@@ -198,14 +198,11 @@ class Trainer:
                 self._since = (self._since[0] + tokens, self._since[1] + sum(map(len, numbers)))
                 self._report(Progress(done.step, self.steps, loss, norm, tokens, time.perf_counter() - started))
                 self._note()
-                self._average()
-                s = self.settings
-                if s.evaluate_every and done.step % s.evaluate_every == 0 and done.step < self.steps:
-                    self.evaluate()
+                self._between_steps()
                 if self._stop.is_set():
                     done.interrupted = done.step < self.steps
                     break
-                if s.save_every and done.step % s.save_every == 0 and done.step < self.steps:
+                if (every := self.settings.save_every) and done.step % every == 0 and done.step < self.steps:
                     self.save()
             self._remote.flush()
             self._note()
@@ -216,21 +213,25 @@ class Trainer:
         return self.outcome
 
     def _made(self, batch: list[list[Row]], numbers: list[list[int]]) -> tuple[float, float, int]:
-        """Make a step; again, if the group went on without it."""
+        """Make a step; again, with the same dropout, if the group went on without it."""
+        random = torch.get_rng_state()
         for _ in range(TOO_OFTEN):
             try:
                 return self.step(batch, numbers)
             except TooLate as error:
                 log.warning("%s", error)
+                torch.set_rng_state(random)
         return self.step(batch, numbers)
 
-    def _average(self) -> None:
-        """Average with the group, if that is due and was not done."""
-        step = self.outcome.step
+    def _between_steps(self) -> None:
+        """Average with the group, and evaluate, where that is due and was not done."""
+        step, every = self.outcome.step, self.settings.evaluate_every
         if step and self._averaged != step and self._remote.averages_after(step):
             self._remote.average(step, *self._since)
             self._averaged, self._since = step, (0, 0)
             self._note()
+        if every and 0 < step < self.steps and step % every == 0 and step not in self.outcome.evaluations:
+            self.evaluate()
 
     def step(self, batch: list[list[Row]], numbers: list[list[int]] | None = None) -> tuple[float, float, int]:
         """One optimiser step on some batches of rows: returns (loss, gradient norm before clipping, real tokens).
@@ -326,8 +327,7 @@ class Trainer:
     def _note(self, *, restarted: bool = False) -> None:
         """Keep this party's own state, and where the remote parties are."""
         if self._journal is not None:
-            state = Kept(self._words(), self._tensors(), self._remote.position())
-            self._journal.write(state, restarted=restarted)
+            self._journal.write(Kept(self._words(), self._tensors(), self._remote.position()), restarted=restarted)
 
     def _tensors(self) -> dict[str, Tensor]:
         """The adapters of this party, its optimiser's moments, and its random numbers."""

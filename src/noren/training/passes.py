@@ -48,6 +48,7 @@ class Pass:
     session: str
     frame: Frame
     dropout: bool
+    drawn: str = ""  # what its dropout is drawn by, if not the session's name
     targets: float = 0.0  # that the client's loss is a mean over, in training together
     onward: Message | None = None  # what was sent to the next party, which may lose its own part
     graph: _Graph | None = field(default=None, repr=False)
@@ -238,7 +239,8 @@ class Passes:
         return out if self.per_sequence else frame.packed(out)
 
     def _random(self, passes: list[Pass]) -> AbstractContextManager[None]:
-        return passes[0].run.random(passes[0].session, passes[0].dropout)
+        first = passes[0]
+        return first.run.random(first.drawn or first.session, first.dropout)
 
 
 def _joint(passes: Sequence[Pass]) -> Frame:

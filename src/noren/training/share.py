@@ -19,11 +19,16 @@ from noren.types import Update
 
 
 class Share:
-    """As a SpanTrainer to one client; `body` is shared. `apply` is given the client's steps, numbered by the client."""
+    """As a SpanTrainer to one client; `body` is shared.
+
+    `apply` is given the client's steps, numbered by the client. Each is then of one pass, and any other pass of the
+    step is that one made again: it has the same dropout.
+    """
 
     def __init__(self, body: SpanTrainer, name: str, apply: Callable[[Update], None] | None = None) -> None:
         self.body, self.name, self.step = body, name, 0
         self._apply = apply or self._step_body
+        self._one_pass = apply is not None
         self._sessions: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
@@ -35,7 +40,9 @@ class Share:
     def begin(self, session: str, frame: Frame, *, dropout: bool) -> Pass:
         """Note a forward pass of this client."""
         self._sessions = {kept for kept in self._sessions if self.body.holds(self._named(kept))} | {session}
-        return self.body.begin(self._named(session), frame, dropout=dropout)
+        one = self.body.begin(self._named(session), frame, dropout=dropout)
+        one.drawn = self._named(session.partition(".")[0]) if self._one_pass else ""
+        return one
 
     def holds(self, session: str) -> bool:
         """Whether a forward pass is kept."""
