@@ -62,11 +62,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name):
             raise ValueError(f"name {self.name!r} must be 1 to 64 letters, digits, '.', '_' or '-'")
-        if self.together.mode == "client-batch" and self.training.accumulate > 1:
-            raise ValueError(
-                'training.accumulate must be 1 with together.mode = "client-batch": the clients\' batches are joined '
-                "instead"
-            )
+        for key in ("accumulate", "micro_batches"):
+            if self.together.mode == "client-batch" and getattr(self.training, key) > 1:
+                raise ValueError(
+                    f'training.{key} must be 1 with together.mode = "client-batch": the clients\' batches are joined '
+                    "instead"
+                )
         parties = {line.split()[0] for line in self.plan if line.split()}
         adapter = self.adapter or Lora()
         for where, named in (

@@ -28,7 +28,7 @@ Rows = Annotated[list[Count], msgspec.Meta(max_length=65_536)]
 """One number for each sequence of a batch."""
 Beta = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Amount = Annotated[float, msgspec.Meta(ge=0)]
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of the protocol; both ends must have the same."""
 
 Label = Annotated[str, msgspec.Meta(max_length=200)]
@@ -196,6 +196,7 @@ class Backward(Meta, frozen=True, kw_only=True, tag="backward"):
 
     session: Label
     discard: bool = False  # first drop what was accumulated: the client cleared its gradients without a step
+    after: Label = ""  # session of a gradient that must count before this one, if several are under way
 
 
 class Gradient(Meta, frozen=True, kw_only=True, tag="gradient"):

@@ -62,6 +62,7 @@ class Metrics:
     bytes_up: int
     bytes_down: int
     round_trips: int
+    exposed_seconds: float  # in which the client did nothing but wait for the link
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +252,7 @@ class MeasuredTrainer(Trainer):
             step=progress.step, loss=progress.loss, norm=progress.norm,
             tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
             bytes_up=self._crossed.sent_bytes, bytes_down=self._crossed.received_bytes,
-            round_trips=self._crossed.round_trips,
+            round_trips=self._crossed.round_trips, exposed_seconds=self.exposed,
         )  # fmt: skip
 
 
