@@ -485,9 +485,10 @@ def test_a_group_ends_with_its_last_client(llama_folder: Path) -> None:
         assert not names, "its adapter is gone"
 
 
-def test_batches_are_joined_instead_of_accumulated() -> None:
-    values = {"model": "embedded", "together": {"mode": "client-batch"}, "training": {"accumulate": 2}}
-    with pytest.raises(ConfigError, match=r"training\.accumulate must be 1"):
+@pytest.mark.parametrize("key", ["accumulate", "micro_batches"])
+def test_batches_are_joined_instead_of_accumulated(key: str) -> None:
+    values = {"model": "embedded", "together": {"mode": "client-batch"}, "training": {key: 2}}
+    with pytest.raises(ConfigError, match=rf"training\.{key} must be 1"):
         Document.of(values, Path.cwd())
 
 

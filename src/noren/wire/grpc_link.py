@@ -140,9 +140,12 @@ class GrpcLink:
 
     def give_up(self) -> None:
         """Let nobody wait any more for what is under way: they get LinkError. The next call connects again."""
-        self._under_way.give_up()
-        if self._under_way.requests and self._opened is not None:
-            self._opened.cancel()
+        with self._under_way.lock:
+            if self._under_way.requests:
+                self._under_way.give_up()
+                self._line = None
+                if self._opened is not None:
+                    self._opened.cancel()
 
     def _pack(self, message: Message) -> Packed:
         """The bytes of a message, the same at every attempt: stochastic rounding draws from the step's own name."""
@@ -195,6 +198,7 @@ class GrpcLink:
 
     def _open(self, request: Request) -> Message | None:
         """Connect, greet, and send all that is under way; return the greeting's answer if that was all to be done."""
+        self._drop()
         line = self._opened = _Line(self.address, self._credentials, self.wire)
         if self._greet is not None:
             self.welcome = self._ask(line, self._greet())
@@ -209,6 +213,7 @@ class GrpcLink:
                     self._drop()
                     return answer
         with self._under_way.lock:
+            self._under_way.check(request)
             for one in self._under_way.requests:
                 if one is not request or not greeted:
                     line.send(one)
