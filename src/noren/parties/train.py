@@ -76,6 +76,7 @@ class Trained:
     accuracy: dict[int, float]  # step -> share of held-out rows classified right; sequence-classification only
     prepared: Prepared
     traffic: Traffic
+    exposed_seconds: float  # of its steps, in which the client did nothing but wait for the link
 
 
 Report = Callable[[Metrics, Progress], None]
@@ -161,7 +162,7 @@ def _train(
             _append(metrics, *_evaluations(outcome, accuracy))
         return Trained(
             outcome=outcome, steps=trainer.steps, out=out, adapter=adapter, accuracy=accuracy, prepared=prepared,
-            traffic=client.traffic.copy(),
+            traffic=client.traffic.copy(), exposed_seconds=trainer.waited,
         )  # fmt: skip
     finally:
         client.close()
@@ -238,12 +239,14 @@ class MeasuredTrainer(Trainer):
     """The training loop, noting what crosses in each step, evaluations and checkpoints left out."""
 
     traffic: Traffic
+    waited = 0.0  # seconds of all steps in which the client did nothing but wait for the link
 
     def step(self, batch: list[list[Row]], numbers: list[list[int]] | None = None) -> tuple[float, float, int]:
         """One optimiser step, counted."""
         before = self.traffic.copy()
         result = super().step(batch, numbers)
         self._crossed = self.traffic.since(before)
+        self.waited += self.exposed
         return result
 
     def measured(self, progress: Progress) -> Metrics:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -111,26 +112,18 @@ def side_by_side(baton: Baton, work: Sequence[Callable[[], None]], give_up: Call
             give_up()
 
     def do(number: int, one: Callable[[], None]) -> None:
-        try:
-            with baton.part(number):
+        with suppress(Ended), baton.part(number):
+            try:
                 one()
+            except BaseException as error:
+                fail(error)
+
+    with ThreadPoolExecutor(len(work), "noren-part") as pool:
+        futures = [pool.submit(do, number, one) for number, one in enumerate(work)]
+        try:
+            wait(futures)
         except BaseException as error:
             fail(error)
-
-    threads = [
-        threading.Thread(target=do, args=(number, one), name=f"noren-part-{number}", daemon=True)
-        for number, one in enumerate(work)
-    ]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    except BaseException as error:
-        fail(error)
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
     if errors:
         raise errors[0]
 
