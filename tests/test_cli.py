@@ -314,7 +314,10 @@ def test_train_then_generate(place: Place, server: subprocess.Popen[str]) -> Non
     assert done.code == 0, done.err
     *steps, outcome = map(json.loads, done.out.splitlines())
     assert [line["step"] for line in steps] == [1, 2, 3]
-    assert set(steps[0]) == {"step", "loss", "norm", "tokens_per_second", "bytes_up", "bytes_down", "round_trips"}
+    assert set(steps[0]) == {
+        "step", "loss", "norm", "tokens_per_second", "bytes_up", "bytes_down", "round_trips", "exposed_seconds",
+    }  # fmt: skip
+    assert all(step["exposed_seconds"] > 0 for step in steps)
     assert outcome["held_out"]["3"] < outcome["held_out"]["0"]
     out = place.folder / "runs" / "first"
     assert {path.name for path in out.iterdir()} == {"run.toml", "metrics.jsonl", "checkpoint", "adapter", "journal"}

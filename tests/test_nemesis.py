@@ -47,8 +47,8 @@ KEEPALIVE = 1.0
 class Field:
     """Client, edge and server of one training run, as processes that can be killed and started again."""
 
-    def __init__(self, zygote: Zygote, folder: Path, keys: Path, steps: int) -> None:
-        self.zygote, self.folder, self.steps = zygote, folder, steps
+    def __init__(self, zygote: Zygote, folder: Path, keys: Path, steps: int, **training: Any) -> None:
+        self.zygote, self.folder, self.steps, self.training = zygote, folder, steps, training
         folder.mkdir(parents=True)
         lines = [json.dumps({"text": note.text}) for note in notes("clinic", 24, seed=3)]
         (folder / "notes.jsonl").write_text("\n".join(lines) + "\n")
@@ -64,7 +64,7 @@ class Field:
             "model": str(MODEL_DIR), "name": "nemesis", "plan": PLAN, "out": "out", "keys": {"dir": str(self.keys)},
             "links": links or self.addresses, "adapter": {"r": 4, "dropout": 0.1}, "seed": 5,
             "data": {"path": "notes.jsonl", "holdout": 0.1, "max_length": 24},
-            "training": {"steps": self.steps, "batch_size": 2, "lr": 3e-3, "save_every": 25},
+            "training": {"steps": self.steps, "batch_size": 2, "lr": 3e-3, "save_every": 25} | self.training,
             "wire": {"keepalive_seconds": KEEPALIVE, "patience_seconds": 60.0},
         }  # fmt: skip
         (self.folder / "run.toml").write_text(Document.of(values, self.folder).to_toml())
@@ -287,15 +287,17 @@ def test_T20_resume_is_bit_identical(llama_folder: Path, tmp_path: Path) -> None
         stop = draw.randrange(2, steps) if case else 0
         lost = stop > 4 and draw.random() < 0.5
         lost_count += lost
-        hashes.add(_interrupted_run(llama_folder, tmp_path / str(case), steps, stop, lost))
+        hashes.add(interrupted_run(llama_folder, tmp_path / str(case), steps, stop, lost))
     print(f"T20 seed {seed}: 20 interruptions, {lost_count} with the server's journal lost, {len(hashes)} hash")
     assert len(hashes) == 1 and 3 < lost_count < 17
 
 
-def _interrupted_run(model: Path, folder: Path, steps: int, stop: int, lost: bool) -> str:
+def interrupted_run(model: Path, folder: Path, steps: int, stop: int, lost: bool, micro_batches: int = 1) -> str:
     values = {"model": str(model), "name": "t20", "plan": U_SHAPED, "adapter": {"r": 4, "dropout": 0.1}, "seed": 3}
     document = Document.of(values, folder)
-    settings = Training(steps=steps, batch_size=2, accumulate=2, schedule="cosine", save_every=3, lr=1e-2)
+    settings = Training(
+        steps=steps, batch_size=2, accumulate=2, micro_batches=micro_batches, schedule="cosine", save_every=3, lr=1e-2
+    )
     with Journal(folder / "server") as far, Journal(folder / "client") as near:
 
         def attempt(report: Any, resume: bool) -> str:

@@ -256,6 +256,17 @@ def test_an_edge_that_dies_is_replaced(
     same(undisturbed(**fields), found)
 
 
+@pytest.mark.parametrize(
+    ("kind", "session"), [("forward", "3.0"), ("forward", "3.1"), ("backward", "3.0"), ("backward", "3.2")]
+)
+@pytest.mark.parametrize("answered", [False, True], ids=["not answered", "answered"])
+def test_an_edge_dies_with_several_requests_under_way(
+    llama_folder: Path, keys: Path, undisturbed: Any, kind: str, session: str, answered: bool
+) -> None:
+    fields = {"training": {"micro_batches": 2}}
+    same(undisturbed(**fields), dying(llama_folder, keys, kind, session, answered=answered, **fields))
+
+
 @pytest.mark.parametrize("kind", ["forward", "backward"])
 @pytest.mark.parametrize("answered", [False, True], ids=["not answered", "answered"])
 def test_an_edge_dies_under_a_shared_cloud_adapter(
@@ -318,7 +329,7 @@ def test_an_edge_that_is_come_back_to_has_forgotten_what_it_knew(
             losses.append(trainer.step([[datasets()[0][i] for i in batch] for batch in next(plan)])[0])
             trainer.outcome.step += 1
             if step in (1, 2):
-                user.link._move(LinkError("as if it were gone"))  # type: ignore[union-attr]
+                user.link._move(user.link._link, LinkError("as if it were gone"))  # type: ignore[union-attr]
         user.span.flush()
         assert at.cloud.steps == 4 and user.link.moves == 2  # type: ignore[union-attr]
         same(undisturbed(), (losses, user.adapter_state() | user.pull(optimizer=True)))

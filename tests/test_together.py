@@ -573,9 +573,10 @@ def test_a_step_that_is_made_again_is_the_same_step(llama_folder: Path) -> None:
     assert torch.equal(left["2.0"], left["2.1"]) and left.keys() == {"1.0", "2.0", "2.1", "3.0", "4.0"}
 
 
-def test_batches_are_joined_instead_of_accumulated() -> None:
-    values = {"model": "embedded", "together": {"mode": "client-batch"}, "training": {"accumulate": 2}}
-    with pytest.raises(ConfigError, match=r"training\.accumulate must be 1"):
+@pytest.mark.parametrize("key", ["accumulate", "micro_batches"])
+def test_batches_are_joined_instead_of_accumulated(key: str) -> None:
+    values = {"model": "embedded", "together": {"mode": "client-batch"}, "training": {key: 2}}
+    with pytest.raises(ConfigError, match=rf"training\.{key} must be 1"):
         Document.of(values, Path.cwd())
 
 

@@ -64,11 +64,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name):
             raise ValueError(f"name {self.name!r} must be 1 to 64 letters, digits, '.', '_' or '-'")
-        if joins(self.together) and self.training.accumulate > 1:
-            raise ValueError(
-                'training.accumulate must be 1 with together.mode = "client-batch" or cloud_adapter = "shared": the '
-                "clients' batches are joined instead"
-            )
+        for key in ("accumulate", "micro_batches"):
+            if joins(self.together) and getattr(self.training, key) > 1:
+                raise ValueError(
+                    f'training.{key} must be 1 with together.mode = "client-batch" or cloud_adapter = "shared": the '
+                    "clients' batches are joined instead"
+                )
         self._check_links()
         parties = {line.split()[0] for line in self.plan if line.split()}
         adapter = self.adapter or Lora()

@@ -213,6 +213,7 @@ class Backward(Meta, frozen=True, kw_only=True, tag="backward"):
 
     session: Label
     discard: bool = False  # first drop what was accumulated: the client cleared its gradients without a step
+    after: Label = ""  # session of a gradient that must count before this one, if several are under way
 
 
 class Gradient(Meta, frozen=True, kw_only=True, tag="gradient"):

@@ -60,6 +60,7 @@ def summary(done: Trained) -> dict[str, Any]:
         "truncated": done.prepared.truncated,
         "bytes_up": done.traffic.sent_bytes,
         "bytes_down": done.traffic.received_bytes,
+        "exposed_seconds": done.exposed_seconds,
         "out": str(done.out),
         "adapter": str(done.adapter) if done.adapter else None,
     }
@@ -81,6 +82,7 @@ def _print(done: Trained, again: str) -> None:
         right = f", accuracy {done.accuracy[step]:.1%}" if step in done.accuracy else ""
         say(f"held-out loss after step {step}: {loss:.4f}{right}")
     say(f"crossed: {bytes_of(done.traffic.sent_bytes)} up, {bytes_of(done.traffic.received_bytes)} down")
+    say(f"waited for the link, with nothing to compute: {done.exposed_seconds:.1f} s")
     if done.outcome.interrupted:
         say(f"interrupted after step {done.outcome.step} of {done.steps}; continue with `{again}`")
     else:

@@ -18,6 +18,7 @@ import msgspec
 from noren.errors import LinkError, PeerError, ProtocolError
 from noren.types import Backward, Condition, Forward, Message, Status, Update
 from noren.wire.grpc_link import GrpcLink
+from noren.wire.inflight import Waiting, at_once
 from noren.wire.traffic import Traffic
 
 log = logging.getLogger("noren.client")
@@ -55,7 +56,10 @@ class AnyOf:
         self._line, self._edges, self.patience = line, edges, patience
         self._ask = ask
         self.traffic, self.moves, self.sent = Traffic(), 0, Sent()
-        self._lock = threading.Lock()
+        self._waiting: Waiting = at_once
+        self._left: list[GrpcLink] = []
+        self._given_up = 0  # how often
+        self._moving = threading.Lock()
         self._addresses = addresses if edges.assign == "first" else self._ranked(addresses, name)
         self._link = self._open()
 
@@ -64,31 +68,54 @@ class AnyOf:
         """Of the party in use."""
         return self._addresses[0]
 
-    def __call__(self, message: Message) -> Message:
-        """Send a message to the party in use, or to the next one that answers, and return the answer."""
-        with self._lock:
-            started = time.monotonic()
-            while True:
-                try:
-                    answer = self._link(message)
-                    self.sent.note(message)
-                    return answer
-                except LinkError as error:
-                    if time.monotonic() - started > self.patience:
-                        raise
-                    self._move(error)
+    @property
+    def waiting(self) -> Waiting:
+        """Within it, a caller does nothing but wait for its answer."""
+        return self._waiting
 
-    def _move(self, error: LinkError) -> None:
-        self._link.close()
-        self._addresses.append(self._addresses.pop(0))
-        self.moves += 1
-        log.warning("%s; going on at %s", error, self.address)
-        self._link = self._open()
+    @waiting.setter
+    def waiting(self, waiting: Waiting) -> None:
+        self._waiting = self._link.waiting = waiting
+
+    def __call__(self, message: Message) -> Message:
+        """Send a message to the party in use, or to the next one that answers, and return the answer.
+
+        Of several that were under way when a party failed, each is sent to the next one by its own caller.
+        """
+        started, given_up = time.monotonic(), self._given_up
+        while True:
+            link = self._link
+            try:
+                answer = link(message)
+            except LinkError as error:
+                if self._given_up != given_up or time.monotonic() - started > self.patience:
+                    raise
+                self._move(link, error)
+            else:
+                self.sent.note(message)
+                return answer
+
+    def give_up(self) -> None:
+        """Let nobody wait any more for what is under way."""
+        self._given_up += 1
+        self._link.give_up()
+
+    def _move(self, failed: GrpcLink, error: LinkError) -> None:
+        """Go on at the next address, unless another caller has moved already."""
+        with self._moving:
+            if self._link is not failed:
+                return
+            failed.give_up()
+            self._left.append(failed)
+            self._addresses.append(self._addresses.pop(0))
+            self.moves += 1
+            log.warning("%s; going on at %s", error, self.address)
+            self._link = self._open()
 
     def _open(self) -> GrpcLink:
         seconds = self._edges.switch_seconds
         link = self._line(self.address, first_seconds=min(seconds, 8.0))
-        link.patience, link.traffic = seconds, self.traffic
+        link.patience, link.traffic, link.waiting = seconds, self.traffic, self._waiting
         return link
 
     def _ranked(self, addresses: list[str], name: str) -> list[str]:
@@ -121,9 +148,9 @@ class AnyOf:
         return answer.meta if not answer.meta.draining else None
 
     def close(self) -> None:
-        """End the connection. Safe to call twice."""
-        with self._lock:
-            self._link.close()
+        """End the connections. Safe to call twice."""
+        for link in (*self._left, self._link):
+            link.close()
 
 
 class Sent:

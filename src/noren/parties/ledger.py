@@ -174,6 +174,11 @@ class Ledger:
                 + ("that step is over" if wanted <= step else "continue from the last checkpoint")
             )
 
+    def check_after(self, session: str) -> None:
+        """Raise SessionLost unless the gradient of a session counts already; "" for none."""
+        if session and not self.answered(session):
+            raise SessionLost(f"the gradient of {session} counts before this one, and is not here; send it first")
+
     def keep(self, request: Message | None = None, answer: Message | None = None, **state: Any) -> None:
         """Keep an answer and the state that it goes with (see `change`), all or nothing."""
         keep_all([(self, self.change(request, answer, **state))])

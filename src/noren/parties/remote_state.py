@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import msgspec
@@ -12,12 +14,26 @@ from torch import Tensor
 from noren.config import Document
 from noren.errors import Overloaded, ProtocolError
 from noren.parties.edges import AnyOf, step_of
-from noren.partition.remote import RemoteSpan
+from noren.partition.remote import Overlap, RemoteSpan
 from noren.privacy.release import Releases
 from noren.training.loop import Remote
-from noren.types import Average, Enter, Handler, Leave, Message, State, Together, Update, Welcome, joins
+from noren.training.overlap import Baton
+from noren.types import Average, Enter, Leave, Message, State, Together, Update, Welcome, joins
+from noren.wire.inflight import Waiting, at_once
 
 log = logging.getLogger("noren.client")
+
+
+class Line(Protocol):
+    """The line to the first remote party."""
+
+    waiting: Waiting
+
+    def __call__(self, message: Message) -> Message:
+        """Send a message and return the answer."""
+
+    def give_up(self) -> None:
+        """Let nobody wait any more for what is under way."""
 
 
 class Client(Protocol):
@@ -29,7 +45,7 @@ class Client(Protocol):
     document: Document
 
     @property
-    def link(self) -> Handler:
+    def link(self) -> Line:
         """The line to the first remote party."""
 
     def pull(self, *, optimizer: bool) -> dict[str, Tensor]:
@@ -71,6 +87,24 @@ class RemoteState(Remote):
         if numbers is not None:
             self._client.releases.samples = numbers
         self._client.span.targets = targets if joins(self._together) else 0
+
+    @contextmanager
+    def overlapping(self, baton: Baton, parts: int) -> Iterator[None]:
+        """Let the baton go round while answers are under way; of several parts, each one's graph ends at the cut."""
+        link, span = self._client.link, self._client.span
+        link.waiting, span.overlap = baton.waiting, Overlap() if parts > 1 else None
+        try:
+            yield
+        finally:
+            link.waiting, span.overlap = at_once, None
+
+    def take_back(self) -> None:
+        """Take the gradient of a part that ended at the cut across it, and back through the client's first layers."""
+        self._client.span.take_back()
+
+    def give_up(self) -> None:
+        """Let nobody wait any more for an answer that is under way."""
+        self._client.link.give_up()
 
     @property
     def _together(self) -> Together:

@@ -174,6 +174,7 @@ class Stepping:
         try:
             run.ledger.check_step(meta.session, run.trainer.step)
             run.trainer.kept(meta.session)
+            run.ledger.check_after(meta.after)
         except SessionLost:
             if joint and group is not None:
                 raise _too_late(group) from None

@@ -63,6 +63,7 @@ class Metrics:
     bytes_up: int
     bytes_down: int
     round_trips: int
+    exposed_seconds: float  # in which the client did nothing but wait for the link
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,7 @@ class Trained:
     accuracy: dict[int, float]  # step -> share of held-out rows classified right; sequence-classification only
     prepared: Prepared
     traffic: Traffic
+    exposed_seconds: float  # of its steps, in which the client did nothing but wait for the link
 
 
 Report = Callable[[Metrics, Progress], None]
@@ -151,7 +153,7 @@ def _train(
         if (done := _over(StepJournal(journal, document.run.name), out)) is not None:
             return Trained(
                 outcome=done, steps=done.step, out=out, adapter=out / "adapter", accuracy={}, prepared=prepared,
-                traffic=client.traffic.copy(),
+                traffic=client.traffic.copy(), exposed_seconds=0.0,
             )  # fmt: skip
         _keep_steps(metrics, trainer.resume() if resume else 0)
         (out / "run.toml").write_text(document.to_toml(), encoding="utf-8")
@@ -166,7 +168,7 @@ def _train(
             adapter = client.save_adapter(out / "adapter")  # the last that is written: where it is, the run is over
         return Trained(
             outcome=outcome, steps=trainer.steps, out=out, adapter=adapter, accuracy=accuracy, prepared=prepared,
-            traffic=client.traffic.copy(),
+            traffic=client.traffic.copy(), exposed_seconds=trainer.waited,
         )  # fmt: skip
     finally:
         client.close()
@@ -253,12 +255,14 @@ class MeasuredTrainer(Trainer):
     """The training loop, noting what crosses in each step, evaluations and checkpoints left out."""
 
     traffic: Traffic
+    waited = 0.0  # seconds of all steps in which the client did nothing but wait for the link
 
     def step(self, batch: list[list[Row]], numbers: list[list[int]] | None = None) -> tuple[float, float, int]:
         """One optimiser step, counted."""
         before = self.traffic.copy()
         result = super().step(batch, numbers)
         self._crossed = self.traffic.since(before)
+        self.waited += self.exposed
         return result
 
     def measured(self, progress: Progress) -> Metrics:
@@ -267,7 +271,7 @@ class MeasuredTrainer(Trainer):
             step=progress.step, loss=progress.loss, norm=progress.norm,
             tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
             bytes_up=self._crossed.sent_bytes, bytes_down=self._crossed.received_bytes,
-            round_trips=self._crossed.round_trips,
+            round_trips=self._crossed.round_trips, exposed_seconds=self.exposed,
         )  # fmt: skip
 
 

@@ -25,8 +25,9 @@ from noren.partition.blocks import (
     is_tail_key,
     neutralise,
 )
+from noren.partition.cache import RemoteLayer
 from noren.partition.plan import Plan
-from noren.partition.remote import Call, RemoteLayer, RemoteSpan
+from noren.partition.remote import Call, RemoteSpan
 from noren.partition.shrink import block_tuple_size
 from noren.partition.stage import Slice, build_model, unroll_shared
 from noren.types import Handler

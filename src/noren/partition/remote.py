@@ -1,132 +1,28 @@
 """RemoteSpan: the module that stands where the missing layers stood.
 
 It sends the hidden states that reach it to a Handler and returns what comes back, packed to the real tokens. With
-gradients it is an autograd function whose backward is a second message (one round trip each way: two a step). With a
+gradients it is an autograd function whose backward is a second message (one round trip each way: two a step); for a
+loop that has several batches under way, the graph ends here, and goes on when the loop says so (`Overlap`). With a
 cache it is a layer of that cache: positions that were appended, cropped or reordered there are so at the server too,
 because every message says where it starts. What was sent is kept, so that a server that lost its cache is refilled.
 """
 
 from __future__ import annotations
 
-import copy
-import uuid
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.cache_utils import CacheLayerMixin, DummyLayer
 
 from noren.errors import NorenError, ProtocolError, SessionLost
+from noren.partition.cache import RemoteLayer
 from noren.partition.stage import pack, unpack
 from noren.partition.steps import RemoteStep
 from noren.types import Backward, Close, Done, Forward, Gradient, Handler, Hidden, Message, Release
-
-
-class History:
-    """What a session has sent: hidden states [B, S, d] with the mask of its real tokens [B, S]."""
-
-    def __init__(self) -> None:
-        self._states: Tensor | None = None
-        self._real: Tensor | None = None
-        self.length = 0
-
-    def append(self, states: Tensor, real: Tensor, start: int) -> None:
-        """Drop what lies at or after column `start`, then add states [B, T, d] and real [B, T]."""
-        end = start + states.shape[1]
-        if self._states is None or self._real is None or self._states.shape[1] < end or start == 0:
-            room = max(end, 2 * start if start else end)
-            grown = states.new_zeros(states.shape[0], room, states.shape[2])
-            mask = torch.zeros(states.shape[0], room, dtype=torch.bool, device=states.device)
-            if start and self._states is not None and self._real is not None:
-                grown[:, :start], mask[:, :start] = self._states[:, :start], self._real[:, :start]
-            self._states, self._real = grown, mask
-        self._states[:, start:end], self._real[:, start:end] = states, real
-        self.length = end
-
-    def reorder(self, rows: Tensor) -> None:
-        """Reorder (or repeat, or drop) the sequences."""
-        if self._states is not None and self._real is not None:
-            self._states, self._real = self._states[rows], self._real[rows]
-
-    def all(self) -> tuple[Tensor, Tensor]:
-        """Return (states [B, S, d], real [B, S])."""
-        if self._states is None or self._real is None:
-            raise SessionLost("nothing was sent in this session, so it cannot be replayed")
-        return self._states[:, : self.length], self._real[:, : self.length]
-
-
-class RemoteLayer(DummyLayer, CacheLayerMixin):
-    """The remote layers' place in the client's cache: counts positions and holds no keys or values.
-
-    It must look like a dummy, or masks would be sized on it; and must not look compileable, or `generate` would build
-    4-D masks.
-    """
-
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
-
-    def __init__(self, ended: list[str]) -> None:
-        DummyLayer.__init__(self)
-        self._ended = ended  # sessions that are over; the span tells the server with its next message
-        self._begin()
-
-    def _begin(self) -> None:
-        self.session = uuid.uuid4().hex
-        self.history = History()
-        self.columns: list[bool] = []  # one a column of the client's batch: does it hold a real token?
-        self.rows: Tensor | None = None
-        self._finalizer = weakref.finalize(self, self._ended.append, self.session)
-
-    @property
-    def length(self) -> int:
-        """Columns in the client's cache."""
-        return len(self.columns)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare: the layer holds no tensors."""
-
-    def get_seq_length(self) -> int:
-        """Columns that were sent so far."""
-        return self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return (length, offset) of the mask over this layer."""
-        return self.length + query_length, 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last columns: -n as transformers calls it now."""
-        if tokens_to_remove:
-            del self.columns[-abs(tokens_to_remove) :]
-
-    def reset(self) -> None:
-        """Start over as a new session."""
-        self._finalizer()
-        self._begin()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Remember the new order of sequences; it travels with the next message."""
-        self.rows = beam_idx if self.rows is None else self.rows[beam_idx.to(self.rows.device)]
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only some sequences."""
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence."""
-        if self.length:
-            count = len(self.rows) if self.rows is not None else len(self.history.all()[0])
-            self.reorder_cache(torch.arange(count).repeat_interleave(repeats))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteLayer:
-        """A copied cache is a session of its own; the server is refilled from the copied history."""
-        twin = RemoteLayer(self._ended)
-        twin.history, twin.columns = copy.deepcopy(self.history, memo), list(self.columns)
-        twin.rows = copy.deepcopy(self.rows, memo)
-        return twin
 
 
 @dataclass
@@ -160,6 +56,7 @@ class RemoteSpan(nn.Module):
         self.ended: list[str] = []
         self.graphs: dict[str, int] = {}  # training sessions whose graph the client still has
         self.targets = 0  # that the step's loss is a mean over, if whoever trains says so
+        self.overlap: Overlap | None = None  # the batches of which several are under way, if any
         self._left: Tensor | None = None  # what the last training pass sent, packed
         self._per_token = True
         self.register_parameter("lora_remote", None)
@@ -194,7 +91,10 @@ class RemoteSpan(nn.Module):
                     "call it under torch.no_grad(), or with use_cache=False"
                 )
             keep = 0
-            out = _Crossing.apply(packed, handle, self, real, call.positions)
+            if self.overlap is None:
+                out = _Crossing.apply(packed, handle, self, real, call.positions)
+            else:
+                out = self.overlap.cut(_Pass(self, packed, real, call.positions), packed)
             if layer is not None:
                 assert self._left is not None
                 self._note(layer, unpack(self._left, real), real)
@@ -251,7 +151,9 @@ class RemoteSpan(nn.Module):
             raise ProtocolError(f"the peer answered a forward with {reply.kind!r}")
         assert isinstance(message.meta, Forward)
         self.steps.sent(message.meta.update)
-        del self.ended[: len(message.meta.ended)]
+        for session in message.meta.ended:  # named by several messages, if several are under way
+            with suppress(ValueError):
+                self.ended.remove(session)
         if reply.meta.per_sequence and not self.answers_head:
             raise ProtocolError("the peer sent back one row a sequence, but holds no head")
         self._per_token = not reply.meta.per_sequence
@@ -290,6 +192,11 @@ class RemoteSpan(nn.Module):
         layer.history.append(hidden_states[:, used], real[:, used], sum(layer.columns))
         layer.columns += used.tolist()
 
+    def take_back(self) -> None:
+        """Send the gradient that has reached the cut, and take the answer back through the client's first layers."""
+        assert self.overlap is not None
+        self.overlap.take_back(self)
+
     def flush(self) -> None:
         """Send an optimiser step that is still waiting for the next message."""
         self.steps.flush(self.handler)
@@ -326,8 +233,40 @@ def _check_answer(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) ->
         raise ProtocolError("the peer sent back values that are not finite; lower the learning rate or use fp32")
 
 
-class _Graph:
-    """Lives as long as the client's graph of one forward pass."""
+class _Pass:
+    """A training pass that has crossed and waits for its gradient; it lives as long as the client's graph of it."""
+
+    def __init__(self, span: RemoteSpan, packed: Tensor, real: Tensor, positions: str) -> None:
+        self.session = session = span.steps.next_session()
+        span.graphs[session] = id(self)
+        weakref.finalize(self, span.graph_gone, session, id(self))
+        more = {"positions": positions, "train": True, "dropout": span.training, "weight": span.targets}
+        sent = span.release(span._forward_message(packed, real, session, 0, **more))
+        self._forward: Message | None = sent
+        self._span, self._shape, self._dtype = span, tuple(packed.shape), packed.dtype
+        self.out = span._send(sent, len(packed))
+        span._left = sent.tensors["hidden"]
+
+    def back(self, gradient: Tensor, *, discard: bool, after: str = "") -> tuple[Tensor, float]:
+        """Send the gradient of what came back; returns that of what was sent, and the remote squared norm."""
+        span, forward, self._forward = self._span, self._forward, None
+        if forward is None:
+            raise ProtocolError(
+                "a second backward over one forward pass does not cross the cut; add the losses up, or run it again"
+            )
+        meta = Backward(session=self.session, discard=discard, after=after)
+        message = span.release(Message(meta, {"gradient": gradient.contiguous()}))
+        span.steps.given()
+        try:
+            reply = span.handler(message)
+        except SessionLost:  # the graph was lost, not the run: the same forward pass again, under the same name
+            span.replays += 1
+            span.handler(forward)
+            reply = span.handler(message)
+        if not isinstance(reply.meta, Gradient) or "gradient" not in reply.tensors:
+            raise ProtocolError(f"the peer answered a backward with {reply.kind!r}")
+        _check_answer(reply.tensors["gradient"], self._dtype, self._shape)
+        return reply.tensors["gradient"].to(gradient.device), reply.meta.square_norm
 
 
 class _Crossing(torch.autograd.Function):
@@ -337,36 +276,50 @@ class _Crossing(torch.autograd.Function):
     def forward(
         ctx: Any, packed: Tensor, handle: Tensor | None, span: RemoteSpan, real: Tensor, positions: str
     ) -> Tensor:
-        session = span.steps.next_session()
-        ctx.span, ctx.session, ctx.graph = span, session, _Graph()
-        span.graphs[session] = id(ctx.graph)
-        weakref.finalize(ctx.graph, span.graph_gone, session, id(ctx.graph))
-        ctx.shape, ctx.dtype = tuple(packed.shape), packed.dtype
-        more = {"positions": positions, "train": True, "dropout": span.training, "weight": span.targets}
-        ctx.sent = span.release(span._forward_message(packed, real, session, 0, **more))
-        span._left = ctx.sent.tensors["hidden"]
-        return span._send(ctx.sent, len(packed))
+        ctx.span, ctx.one = span, _Pass(span, packed, real, positions)
+        out: Tensor = ctx.one.out
+        del ctx.one.out
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         span: RemoteSpan = ctx.span
-        if ctx.sent is None:
-            raise ProtocolError(
-                "a second backward over one forward pass does not cross the cut; add the losses up, or run it again"
-            )
-        forward, ctx.sent = ctx.sent, None
-        meta = Backward(session=ctx.session, discard=span.steps.cleared())
-        message = span.release(Message(meta, {"gradient": gradients[0].contiguous()}))
-        try:
-            reply = span.handler(message)
-        except SessionLost:  # the graph was lost, not the run: the same forward pass again, under the same name
-            span.replays += 1
-            span.handler(forward)
-            reply = span.handler(message)
-        if not isinstance(reply.meta, Gradient) or "gradient" not in reply.tensors:
-            raise ProtocolError(f"the peer answered a backward with {reply.kind!r}")
-        _check_answer(reply.tensors["gradient"], ctx.dtype, ctx.shape)
-        handle = span.lora_remote
-        norm = None if handle is None else span.steps.accumulated(reply.meta.square_norm)
-        return reply.tensors["gradient"].to(gradients[0].device), norm, None, None, None
+        discard = span.steps.cleared(torch._C._current_graph_task_id())
+        back, square_norm = ctx.one.back(gradients[0], discard=discard)
+        norm = None if span.lora_remote is None else span.steps.accumulated(square_norm)
+        return back, norm, None, None, None
+
+
+class Overlap:
+    """Some batches of one step, of which several are under way at once. Each one's graph is cut at the span.
+
+    The graph cannot wait for an answer by itself: on a GPU, autograd has one thread for all backward passes.
+    """
+
+    def __init__(self) -> None:
+        self._now: tuple[_Pass, Tensor, Tensor] | None = None
+        self._before = ""  # session of the gradient that was sent last
+
+    def cut(self, one: _Pass, packed: Tensor) -> Tensor:
+        """Return what came back of a pass, as the beginning of another graph."""
+        out = one.out.requires_grad_()
+        self._now = one, packed, out
+        return out
+
+    def take_back(self, span: RemoteSpan) -> None:
+        """Send the gradient that the last pass's output has, then take the answer back through its input's graph.
+
+        A gradient counts only after the one before it: so they add up in the same order whatever is lost.
+        """
+        if self._now is None:  # nothing before the cut is trained
+            return
+        (one, packed, out), self._now = self._now, None
+        gradient = out.grad if out.grad is not None else torch.zeros_like(out)
+        out.grad = None
+        after, self._before = self._before, one.session
+        back, square_norm = one.back(gradient, discard=span.steps.cleared(self), after=after)
+        if span.lora_remote is not None:
+            span.steps.add(square_norm)
+        if packed.requires_grad:
+            packed.backward(back)

@@ -29,8 +29,10 @@ class RemoteStep:
         self.applied = 0  # steps that the remote side has confirmed
         self.pending: Update | None = None
         self._norm = 0.0  # of the remote gradients accumulated since the last step
+        self._owing = False  # whether a gradient has left since then, be it answered or not
         self._passes = (0, 0)  # the step that forward passes are made for, and how many there were
-        self._task, self._given = -1, 0.0  # the backward pass under way; what the handle holds, or gets at its end
+        self._task: object = None  # the backward pass under way
+        self._given = 0.0  # what the handle holds, or gets at its end
 
     def attach(self, handle: Tensor) -> None:
         """Watch `handle`: every optimiser that holds it also steps the remote side."""
@@ -54,6 +56,17 @@ class RemoteStep:
         before, self._given = self._given, self._norm
         return torch.full_like(self.handle, self._norm - before)
 
+    def given(self) -> None:
+        """A gradient is about to leave."""
+        self._owing = True
+
+    def add(self, square_norm: float) -> None:
+        """Add that to the handle's gradient, outside of autograd."""
+        assert self.handle is not None
+        self._given = self._held()
+        more = self.accumulated(square_norm)
+        self.handle.grad = more if self.handle.grad is None else self.handle.grad.add_(more)
+
     def stepping(self, group: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
         """Called as an optimiser that holds the handle is about to step."""
         if self.handle is None or self.handle.grad is None:
@@ -62,11 +75,12 @@ class RemoteStep:
             raise ProtocolError("two optimiser steps without a forward pass between them; the first was not sent yet")
         scale = float(self.handle.grad) / self._norm if self._norm else 1.0
         self.pending = Update(step=self.applied + 1, scale=scale, optimizer=settings(optimizer, group))
-        self._norm = 0.0
+        self._norm, self._owing = 0.0, False
 
     def restart(self, step: int, pending: Update | None = None) -> None:
         """The remote side was set to its state after `step` steps; `pending` is to be applied next."""
-        self.applied, self.pending, self._norm, self._passes = step, pending, 0.0, (0, 0)
+        self.applied, self.pending, self._passes = step, pending, (0, 0)
+        self._norm, self._owing = 0.0, False
 
     def sent(self, update: Update | None) -> None:
         """A message with `update` was answered, so the remote side has applied it."""
@@ -78,15 +92,15 @@ class RemoteStep:
         """Whether nothing is accumulated or waiting at the remote side."""
         return self.pending is None and not (self._norm and self._held())
 
-    def cleared(self) -> bool:
+    def cleared(self, task: object) -> bool:
         """Whether the client's gradients were cleared without a step, so that the remote side's must be too.
 
-        Asked within a backward pass, for each forward pass that it crosses: true for the first of them at most.
+        Asked within a backward pass, `task`, for each forward pass that it crosses: true for the first of them at most.
         """
-        if self._task == (task := torch._C._current_graph_task_id()):
+        if self._task == task:
             return False
         self._task, self._given = task, self._held()
-        return bool(self._norm) and not self._given and self.pending is None
+        return self._owing and not self._given and self.pending is None
 
     def _held(self) -> float:
         """The handle's gradient."""

@@ -6,7 +6,6 @@ the optimiser's own doing (partition.steps).
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import signal
@@ -15,18 +14,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from noren.adapters.checkpoint import replacing, settle
-from noren.errors import ConfigError, ModelError, TooLate
+from noren.errors import ConfigError, TooLate
 from noren.training.batches import IGNORED, Row, batches, collate
-from noren.training.journal import Kept, StepJournal
+from noren.training.journal import StepJournal
+from noren.training.overlap import Baton, cut, side_by_side
+from noren.training.saved import Saved
 
 TOO_OFTEN = 5
 log = logging.getLogger("noren.training")
@@ -39,6 +39,7 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     steps: int | None = None  # optimiser steps; if given, `epochs` is not used
     batch_size: int = 8
     accumulate: int = 1  # batches whose gradients make one step
+    micro_batches: int = 1  # parts of each batch that are under way at once, so that nobody waits for the link
     lr: float = 2e-4
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     weight_decay: float = 0.0
@@ -50,7 +51,7 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     evaluate_every: int = 0  # steps between evaluations on the held-out data; 0: only before and after
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate"):
+        for name in ("batch_size", "accumulate", "micro_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
         for name in ("weight_decay", "clip", "warmup", "save_every", "evaluate_every"):
@@ -104,6 +105,17 @@ class Remote:
     def batch(self, numbers: list[int] | None, targets: int) -> None:
         """Say which rows the next forward pass is of, by their place in the data, and the targets of the whole step."""
 
+    @contextmanager
+    def overlapping(self, baton: Baton, parts: int) -> Iterator[None]:
+        """Within it, answers are waited for with `baton.waiting`, and graphs of several parts end at the cut."""
+        yield
+
+    def take_back(self) -> None:
+        """Take the gradient of a part that ended at the cut across it, and back through this party's first layers."""
+
+    def give_up(self) -> None:
+        """Let nobody wait any more for an answer that is under way."""
+
     def enter(self) -> None:
         """Take part in the training of a group, once it is this client's turn."""
 
@@ -151,8 +163,7 @@ class Trainer:
             raise ConfigError("data: there is nothing to train on")
         self.model, self.rows, self.held_out, self.settings = model, rows, held_out, settings
         self._pad, self._seed, self._remote = pad_id, seed, remote or Remote()
-        self._journal = journal
-        self._checkpoint, self._report = checkpoint, report or (lambda progress: None)
+        self._report = report or (lambda progress: None)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ConfigError("nothing to train: no party has an adapter; give the run document an [adapter]")
@@ -161,7 +172,9 @@ class Trainer:
         self.optimizer = self._make_optimizer()
         self.schedule = self._make_schedule()
         self.outcome = Outcome()
-        self._averaged, self._since = 0, (0, 0)  # step of the last average; tokens and samples since
+        self.averaged, self.since = 0, (0, 0)  # step of the last average; tokens and samples since
+        self.exposed = 0.0  # seconds of the last step in which this party did nothing but wait for an answer
+        self._saved = Saved(self, self._remote, checkpoint, journal)
         self._stop = threading.Event()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -184,7 +197,7 @@ class Trainer:
         """
         if self.outcome.step == 0 and not self.outcome.evaluations:
             self.evaluate()
-            self._note()
+            self._saved.note()
         with _interrupts(self._stop):
             if self.outcome.step < self.steps:  # else nobody need be waited for
                 self._remote.enter()
@@ -195,9 +208,9 @@ class Trainer:
                 done = self.outcome
                 done.losses.append(loss)
                 done.step += 1
-                self._since = (self._since[0] + tokens, self._since[1] + sum(map(len, numbers)))
+                self.since = (self.since[0] + tokens, self.since[1] + sum(map(len, numbers)))
                 self._report(Progress(done.step, self.steps, loss, norm, tokens, time.perf_counter() - started))
-                self._note()
+                self._saved.note()
                 self._between_steps()
                 if self._stop.is_set():
                     done.interrupted = done.step < self.steps
@@ -205,7 +218,7 @@ class Trainer:
                 if (every := self.settings.save_every) and done.step % every == 0 and done.step < self.steps:
                     self.save()
             self._remote.flush()
-            self._note()
+            self._saved.note()
             self._remote.leave()
             if not self.outcome.interrupted:
                 self.evaluate()
@@ -226,10 +239,10 @@ class Trainer:
     def _between_steps(self) -> None:
         """Average with the group, and evaluate, where that is due and was not done."""
         step, every = self.outcome.step, self.settings.evaluate_every
-        if step and self._averaged != step and self._remote.averages_after(step):
-            self._remote.average(step, *self._since)
-            self._averaged, self._since = step, (0, 0)
-            self._note()
+        if step and self.averaged != step and self._remote.averages_after(step):
+            self._remote.average(step, *self.since)
+            self.averaged, self.since = step, (0, 0)
+            self._saved.note()
         if every and 0 < step < self.steps and step % every == 0 and step not in self.outcome.evaluations:
             self.evaluate()
 
@@ -240,18 +253,44 @@ class Trainer:
         """
         self.model.train()
         self.optimizer.zero_grad()
-        counts = [sum(_targets(row) for row in rows) for rows in batch]
-        loss = 0.0
-        for i, (rows, count) in enumerate(zip(batch, counts, strict=True)):
-            self._remote.batch(numbers[i] if numbers is not None else None, sum(counts))
-            share = self.loss(rows) * (count / max(sum(counts), 1))
-            share.backward()
-            loss += float(share.detach())
+        total = sum(_targets(row) for rows in batch for row in rows)
+        loss, self.exposed = 0.0, 0.0
+        for i, rows in enumerate(batch):
+            for share in self._learn(rows, numbers[i] if numbers is not None else None, total):
+                loss += share
         limit = self.settings.clip or math.inf
         norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
         self.optimizer.step()
         self.schedule.step()
         return loss, norm, sum(len(row["input_ids"]) for rows in batch for row in rows)
+
+    def _learn(self, rows: list[Row], numbers: list[int] | None, targets: int) -> list[float]:
+        """Add the gradients of a batch to those of the step; returns the share of each of its parts in the loss."""
+        parts = cut([len(row["input_ids"]) for row in rows], self.settings.micro_batches)
+        baton, shares = Baton(len(parts)), [0.0] * len(parts)
+
+        def forward(part: slice) -> Tensor:
+            self._remote.batch(numbers[part] if numbers is not None else None, targets)
+            return self.loss(rows[part]) * (sum(map(_targets, rows[part])) / max(targets, 1))
+
+        def work(number: int) -> None:
+            with baton.crossing():
+                share = forward(parts[number])
+            share.backward(retain_graph=True)  # what layers on both sides of the cut share is used again
+            shares[number] = float(share.detach())
+            del share
+            with baton.crossing():
+                self._remote.take_back()
+
+        with self._remote.overlapping(baton, len(parts)):
+            if len(parts) > 1:
+                side_by_side(baton, [partial(work, number) for number in range(len(parts))], self._remote.give_up)
+            else:
+                share = forward(parts[0])
+                share.backward()
+                shares = [float(share.detach())]
+        self.exposed += baton.exposed
+        return shares
 
     def loss(self, rows: list[Row]) -> Tensor:
         """Mean loss over the targets of some rows."""
@@ -290,89 +329,14 @@ class Trainer:
 
     def save(self) -> None:
         """Write the run's state as a checkpoint: adapters and optimisers of all parties, position, random numbers."""
-        if self._checkpoint is None:
-            return
-        self._remote.flush()
-        self._note()
-        tensors = self._tensors() | {f"remote/{name}": t for name, t in self._remote.pull().items()}
-        with replacing(self._checkpoint) as draft:
-            save_file(tensors, draft / "state.safetensors")
-            (draft / "state.json").write_text(json.dumps(self._words()) + "\n")
+        self._saved.save()
 
     def resume(self) -> int:
         """Continue a run that ended early: returns its step. Raises ModelError if what was kept does not fit this run.
 
         From the journal if the remote parties are where it left them; else all go back to the last checkpoint.
         """
-        kept = self._journal.read() if self._journal is not None else None
-        if kept is not None and self._remote.go_on(kept.position):
-            self._set(kept.words, kept.tensors, str(self._journal))
-            return self.outcome.step
-        if self._checkpoint is not None:
-            settle(self._checkpoint)
-        if self._checkpoint is None or not (self._checkpoint / "state.json").is_file():
-            raise ModelError(
-                f"{self._checkpoint}: no checkpoint to resume from"
-                + (", and the servers no longer hold this run" if kept is not None else "")
-                + "; start without --resume, under another name"
-            )
-        words = json.loads((self._checkpoint / "state.json").read_text())
-        tensors = load_file(self._checkpoint / "state.safetensors")
-        self._set(words, tensors, str(self._checkpoint))
-        remote = {k.removeprefix("remote/"): t for k, t in tensors.items() if k.startswith("remote/")}
-        self._remote.push(remote, words["step"])
-        self._note(restarted=True)
-        return self.outcome.step
-
-    def _note(self, *, restarted: bool = False) -> None:
-        """Keep this party's own state, and where the remote parties are."""
-        if self._journal is not None:
-            self._journal.write(Kept(self._words(), self._tensors(), self._remote.position()), restarted=restarted)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """The adapters of this party, its optimiser's moments, and its random numbers."""
-        tensors = {f"client/{name}": p.detach().clone() for name, p in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            for kind, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"moments/{kind}/{name}"] = value.detach().clone()
-        tensors["losses"] = torch.tensor(self.outcome.losses, dtype=torch.float64)
-        return tensors | {"random": torch.get_rng_state()}
-
-    def _words(self) -> dict[str, Any]:
-        done = self.outcome
-        return {
-            "step": done.step,
-            "steps": self.steps,
-            "schedule": self.schedule.state_dict(),
-            "averaged": self._averaged,
-            "since": list(self._since),
-            "evaluations": {str(k): v for k, v in done.evaluations.items()},
-        }
-
-    def _set(self, words: dict[str, Any], tensors: dict[str, Tensor], where: str) -> None:
-        for name, parameter in self.parameters.items():
-            saved = tensors.get(f"client/{name}")
-            if saved is None or saved.shape != parameter.shape:
-                raise ModelError(f"{where} is of another run: {name!r} is missing or has another shape")
-        if words["steps"] != self.steps:
-            raise ModelError(f"{where} is of a run of {words['steps']} steps, this one has {self.steps}")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"client/{name}"])
-        for name, parameter in self.parameters.items():
-            moments = {
-                k.split("/")[1]: t for k, t in tensors.items() if k.startswith("moments/") and k.endswith(f"/{name}")
-            }
-            if moments:
-                self.optimizer.state[parameter] = moments
-        self.schedule.load_state_dict(words["schedule"])
-        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
-        torch.set_rng_state(tensors["random"])
-        self._averaged, self._since = words.get("averaged", 0), tuple(words.get("since", (0, 0)))
-        evaluations = {int(k): v for k, v in words["evaluations"].items()}
-        self.outcome = Outcome(tensors["losses"].tolist(), evaluations, words["step"])
+        return self._saved.resume()
 
 
 def _targets(row: Row) -> int:

@@ -1,8 +1,9 @@
 """The link between machines: one gRPC bidirectional stream a connection, raw frames of at most 1 MiB, mutual TLS.
 
-A `GrpcLink` is a plain function to its caller, and it runs in the caller's thread. A broken line is connected again,
-greeted again, and the request is sent again: every request of the protocol may be repeated. What is sent again is what
-was sent before, byte for byte, but for the request's number and tag.
+A `GrpcLink` is a plain function to its caller, and it runs in the caller's thread. Several threads may ask at once:
+their requests are under way together, and answered in order. A broken line is connected again, greeted again, and
+whatever has no answer is sent again, in order: every request of the protocol may be repeated. What is sent again is
+what was sent before, byte for byte, but for the request's number and tag.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import queue
-import threading
-import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -22,6 +22,7 @@ from noren.errors import LinkError, Overloaded, ProtocolError, from_wire
 from noren.types import Backward, Failure, Hello, Message, Welcome
 from noren.wire.envelope import Expect, Header, Incoming, Packed, pack
 from noren.wire.identity import Credentials, Insecure
+from noren.wire.inflight import InFlight, Request, Waiting, at_once
 from noren.wire.seal import Seal, new_key
 from noren.wire.settings import Wire, codecs_for
 from noren.wire.traffic import Traffic
@@ -77,22 +78,32 @@ class GrpcLink:
         self.patience = self.wire.patience_seconds
         self._credentials, self._greet, self._greeted = credentials, greet, greeted
         self._expect, self._first = expect, first_seconds
+        self.waiting: Waiting = at_once
         self._line: _Line | None = None
-        self._one_at_a_time = threading.Lock()
+        self._opened: _Line | None = None  # the latest, also while it is being greeted
+        self._under_way = InFlight()
 
     def __call__(self, message: Message) -> Message:
         """Send a message and return the answer.
 
         Raises LinkError if the peer cannot be reached for long enough, or PeerError as the peer raised it.
         """
-        packed = self._pack(message)
-        with self._one_at_a_time:
+        request = Request(message, self._pack(message))
+        with self._under_way.lock:
+            self._under_way.requests.append(request)
+            if self._line is not None:
+                self._line.send(request)
+        with self.waiting():
             try:
-                return self._try(message, packed)
-            except (_Broken, Overloaded) as error:
-                return self._try_again(message, packed, error)
+                self._under_way.first(request)
+                try:
+                    return self._try(request)
+                except (_Broken, Overloaded) as error:
+                    return self._try_again(request, error)
+            finally:
+                self._under_way.ended(request)
 
-    def _try_again(self, message: Message, packed: Packed, first: Exception) -> Message:
+    def _try_again(self, request: Request, first: Exception) -> Message:
         seconds = self.patience if self.connections else self._first
         if self.connections and isinstance(first, _Broken):
             log.error("the line to %s broke; trying again for %.0f s", self.address, seconds)
@@ -106,11 +117,12 @@ class GrpcLink:
             retry=retry_if_exception_type((_Broken, Overloaded)),
             stop=stop_after_delay(seconds),
             wait=pause,
+            sleep=partial(self._under_way.pause, request),
             reraise=True,
         )
-        time.sleep(first.retry_after if isinstance(first, Overloaded) else 0.02)
+        self._under_way.pause(request, first.retry_after if isinstance(first, Overloaded) else 0.02)
         try:
-            return tries(self._try, message, packed)
+            return tries(self._try, request)
         except _Broken as error:
             raise LinkError(f"{self.address}: no answer for {seconds:.0f} s: {error}") from None
 
@@ -121,9 +133,19 @@ class GrpcLink:
         return self(self._greet())
 
     def close(self) -> None:
-        """End the connection. Safe to call twice."""
-        with self._one_at_a_time:
+        """End the connection, once nothing is under way. Safe to call twice."""
+        with self._under_way.lock:
+            self._under_way.lock.wait_for(lambda: not self._under_way.requests)
             self._drop()
+
+    def give_up(self) -> None:
+        """Let nobody wait any more for what is under way: they get LinkError. The next call connects again."""
+        with self._under_way.lock:
+            if self._under_way.requests:
+                self._under_way.give_up()
+                self._line = None
+                if self._opened is not None:
+                    self._opened.cancel()
 
     def _pack(self, message: Message) -> Packed:
         """The bytes of a message, the same at every attempt: stochastic rounding draws from the step's own name."""
@@ -133,15 +155,19 @@ class GrpcLink:
             seed = rounding_seed(meta.session, message.kind)
         return pack(message, codecs_for(message.kind, wire.activations, wire.gradients), seed)
 
-    def _try(self, message: Message, packed: Packed) -> Message:
+    def _try(self, request: Request) -> Message:
+        self._under_way.check(request)
         try:
-            reply = self._exchange(message, packed)
+            reply = self._exchange(request)
         except grpc.RpcError as error:
-            late = self._line is not None and self._line.late
+            late = self._opened is not None and self._opened.late
             self._drop()
+            self._under_way.check(request)
             if late:
                 seconds = self.wire.deadline_seconds
-                raise LinkError(f"{self.address}: no answer to a {message.kind!r} within {seconds:g} s") from error
+                raise LinkError(
+                    f"{self.address}: no answer to a {request.message.kind!r} within {seconds:g} s"
+                ) from error
             raise self._explained(error) from error
         except BaseException:
             self._drop()
@@ -150,38 +176,68 @@ class GrpcLink:
             raise from_wire(reply.meta.code, reply.meta.sentence, self.address, reply.meta.retry_after)
         return reply
 
-    def _exchange(self, message: Message, packed: Packed) -> Message:
-        if self._line is not None:
-            return self._ask(message, packed)
-        self._line = _Line(self.address, self._credentials, self.wire)
-        if self._greet is None:
-            answer = self._ask(message, packed)
-            self.connections += 1
-            return answer
-        hello = self._greet()
-        self.welcome = self._ask(hello, self._pack(hello))
-        if isinstance(self.welcome.meta, Failure):
-            welcome = self.welcome
-            self._drop()
-            return welcome
-        self.connections += 1
-        if isinstance(message.meta, Hello):
-            return self.welcome
-        for more in self._greeted(self.welcome):
-            if isinstance((answer := self._ask(more, self._pack(more))).meta, Failure):
-                self._drop()
-                return answer
-        return self._ask(message, packed)
-
-    def _ask(self, message: Message, packed: Packed) -> Message:
+    def _exchange(self, request: Request) -> Message:
+        """Return the answer to a request whose turn it is, on a line that is made if there is none."""
+        while not request.number:
+            if self._line is None:
+                if (answer := self._open(request)) is not None:
+                    return answer
+            else:  # refused before, to be sent again: after whatever was sent meanwhile
+                with self._under_way.lock:
+                    self._under_way.requests.remove(request)
+                    self._under_way.requests.append(request)
+                    self._line.send(request)
+                    self._under_way.lock.notify_all()
+                self._under_way.first(request)
         assert self._line is not None
-        expect = self._expect(message) if self._expect is not None else any_answer(message)
-        reply, sent, received = self._line.ask(packed, expect, self.wire.deadline_seconds)
-        self.traffic.note(message.kind, sent, received)
+        answer = self._answer(self._line, request)
+        if self._greet is None and not self._line.answered:
+            self.connections += 1
+        self._line.answered = True
+        return answer
+
+    def _open(self, request: Request) -> Message | None:
+        """Connect, greet, and send all that is under way; return the greeting's answer if that was all to be done."""
+        self._drop()
+        line = self._opened = _Line(self.address, self._credentials, self.wire)
+        if self._greet is not None:
+            self.welcome = self._ask(line, self._greet())
+            if isinstance(self.welcome.meta, Failure):
+                self._drop()
+                return self.welcome
+            self.connections += 1
+        greeted = self._greet is not None and isinstance(request.message.meta, Hello)
+        if self._greet is not None and not greeted:
+            for more in self._greeted(self.welcome):
+                if isinstance((answer := self._ask(line, more)).meta, Failure):
+                    self._drop()
+                    return answer
+        with self._under_way.lock:
+            self._under_way.check(request)
+            for one in self._under_way.requests:
+                if one is not request or not greeted:
+                    line.send(one)
+            self._line = line
+        return self.welcome if greeted else None
+
+    def _ask(self, line: _Line, message: Message) -> Message:
+        request = Request(message, self._pack(message))
+        line.send(request)
+        return self._answer(line, request)
+
+    def _answer(self, line: _Line, request: Request) -> Message:
+        expect = self._expect(request.message) if self._expect is not None else any_answer(request.message)
+        number, request.number = request.number, 0
+        reply, received = line.receive(number, expect, self.wire.deadline_seconds)
+        self.traffic.note(request.message.kind, request.sent, received)
         return reply
 
     def _drop(self) -> None:
-        line, self._line = self._line, None
+        """End the line: all that is under way is to be sent again."""
+        with self._under_way.lock:
+            line, self._line, self._opened = self._opened, None, None
+            for request in self._under_way.requests:
+                request.number = 0
         if line is not None:
             line.close()
 
@@ -228,18 +284,22 @@ class _Line:
         key = new_key()
         self._seal = Seal(key, client=True)
         self._request = 0
-        self.late = False
+        self.late = self.answered = False
         method = self._channel.stream_stream(METHOD)
         self._stream: Any = method(iter(self._frames.get, None), metadata=((KEY_HEADER, key),))
 
-    def ask(self, packed: Packed, expect: Expect, seconds: float) -> tuple[Message, int, int]:
-        """Send a request; returns (answer, bytes sent, bytes received). Raises RpcError, _Broken or PeerError."""
+    def send(self, request: Request) -> None:
+        """Send a request; it gets its number on this line."""
         self._request += 1
-        sent, limit = 0, WATCHDOG.begin(seconds, self._expire)
+        request.number, request.sent = self._request, 0
+        for frame in request.packed.frames(self._request, self._seal):
+            self._frames.put(frame)
+            request.sent += len(frame)
+
+    def receive(self, number: int, expect: Expect, seconds: float) -> tuple[Message, int]:
+        """Return the answer to the oldest request, and its bytes. Raises RpcError, _Broken or PeerError."""
+        limit = WATCHDOG.begin(seconds, self._expire)
         try:
-            for frame in packed.frames(self._request, self._seal):
-                self._frames.put(frame)
-                sent += len(frame)
             incoming = Incoming(self._seal, expect)
             for frame in self._stream:
                 if (reply := incoming.feed(frame)) is not None:
@@ -248,15 +308,20 @@ class _Line:
                 raise _Broken("the peer ended the connection")
         finally:
             WATCHDOG.end(limit)
-        if incoming.request != self._request:
-            raise ProtocolError(f"request {incoming.request} was answered, asked was {self._request}")
-        return reply, sent, incoming.nbytes
+        if incoming.request != number:
+            raise ProtocolError(f"request {incoming.request} was answered, asked was {number}")
+        return reply, incoming.nbytes
 
     def _expire(self) -> None:
         self.late = True
         self._stream.cancel()
 
+    def cancel(self) -> None:
+        """Let nobody wait for an answer."""
+        self._stream.cancel()
+
     def close(self) -> None:
+        """End the connection."""
         self._frames.put(None)
         self._stream.cancel()
         self._channel.close()

@@ -13,6 +13,7 @@ from noren.wire import access
 from noren.wire.envelope import Expect, Header, decode, pack
 from noren.wire.grpc_link import any_answer, rounding_seed
 from noren.wire.grpc_server import failure, pack_answer
+from noren.wire.inflight import Waiting, at_once
 from noren.wire.seal import Seal, new_key
 from noren.wire.settings import Wire, codecs_for
 from noren.wire.traffic import Traffic
@@ -32,18 +33,21 @@ class LocalLink:
         self._handler, self._peer, self._wire = handler, peer, wire or Wire()
         self._expect = expect or any_answer
         self.traffic = Traffic()
+        self.waiting: Waiting = at_once
         key = new_key()
         self._here, self._there, self._request = Seal(key, client=True), Seal(key, client=False), 0
 
     def __call__(self, message: Message) -> Message:
         """Send a message and return the answer. Raises PeerError as the peer raised it."""
-        self._request += 1
         seed = rounding_seed(message.meta.session, message.kind) if isinstance(message.meta, Backward) else None
         codecs = codecs_for(message.kind, self._wire.activations, self._wire.gradients)
+        self._request += 1
         frames = list(pack(message, codecs, seed).frames(self._request, self._here))
         answer = self._answer(frames)
         self.traffic.note(message.kind, sum(map(len, frames)), sum(map(len, answer)))
         reply = decode(answer, self._here, self._expect(message))
+        with self.waiting():  # there is nothing to wait for: one process computes one thing at a time
+            pass
         if isinstance(reply.meta, Failure):
             raise from_wire(reply.meta.code, reply.meta.sentence, self._peer, reply.meta.retry_after)
         return reply
@@ -65,6 +69,9 @@ class LocalLink:
         if (expect := getattr(self._handler, "expect", None)) is not None:
             access.check(header.kind, "client", in_run=self._handler.in_run)
             expect(header)
+
+    def give_up(self) -> None:
+        """Let nobody wait any more: nobody does."""
 
     def close(self) -> None:
         """Tell the other end that the connection is over."""
