@@ -217,9 +217,9 @@ def dying(
 
         at.spoil = spoil
         user = at.user(0, first=0, **fields)
-        outcome = train([user], datasets()[:1], accumulate=1 if fields.get("together", {}).get("cloud_adapter") else 2)[
-            0
-        ]
+        joined = fields.get("together", {}).get("cloud_adapter") == "shared"
+        more = {"accumulate": 1 if joined else 2} | fields.get("training", {})
+        outcome = train([user], datasets()[:1], **more)[0]
         assert outcome.step == 4 and done == ([0] if kind else []) and user.link.moves == len(done)
         assert at.cloud.steps == 4, "each step once"
         return outcome.losses, user.adapter_state() | user.pull(optimizer=True)
@@ -256,9 +256,8 @@ def test_an_edge_that_dies_is_replaced(
     same(undisturbed(**fields), found)
 
 
-@pytest.mark.parametrize(
-    ("kind", "session"), [("forward", "3.0"), ("forward", "3.1"), ("backward", "3.0"), ("backward", "3.2")]
-)
+@pytest.mark.parametrize("session", ["3.0", "3.1"])
+@pytest.mark.parametrize("kind", ["forward", "backward"])
 @pytest.mark.parametrize("answered", [False, True], ids=["not answered", "answered"])
 def test_an_edge_dies_with_several_requests_under_way(
     llama_folder: Path, keys: Path, undisturbed: Any, kind: str, session: str, answered: bool
