@@ -258,7 +258,11 @@ class _TooMuch(Exception):
 
 
 class _SavedBytes:
-    """Counts the bytes that a graph keeps alive, weights left out. Raises _TooMuch above `most`."""
+    """Counts the bytes that a graph keeps alive, weights left out. Raises _TooMuch above `most`.
+
+    What is handed back to autograd is detached: an operation that keeps its own output would else hold itself through
+    it, in a circle that only a backward pass breaks, and what is dropped before would never be freed.
+    """
 
     def __init__(self, stage: Stage, most: float) -> None:
         self.total, self._most = 0, most
@@ -272,7 +276,7 @@ class _SavedBytes:
             self.total += tensor.untyped_storage().nbytes()
             if self.total > self._most:
                 raise _TooMuch
-        return tensor
+        return tensor.detach()
 
 
 @contextmanager
