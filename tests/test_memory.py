@@ -13,7 +13,14 @@ import torch
 import transformers
 
 from conftest import U_SHAPED
+from models import save
+from noren.adapters.lora import Lora
 from noren.metrics import Heap, current_memory
+from noren.partition.sources import open_checkpoint
+from noren.partition.stage import Frame, Stage
+from noren.training.footprint import footprints
+from noren.training.passes import Passes
+from noren.training.span_trainer import SpanTrainer
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -106,3 +113,38 @@ def test_a_heap_gives_back_what_is_free() -> None:
     assert current_memory() - before > 60 << 20
     heap.trim()
     assert current_memory() - before < 20 << 20 and len(kept) == 400
+
+
+def test_a_step_is_counted_as_it_is(tmp_path: Path) -> None:
+    """What `noren plan` works out without values is what a stage keeps, to 10 %; twice the clients, twice of it."""
+    folder = write_llama(tmp_path / "m", 64)
+    lora = Lora(r=2, targets=["q_proj", "v_proj"])
+    stage = Stage.load(folder, U_SHAPED, "server", "causal-lm")
+    passes = Passes(stage, 1 << 30)
+    trainer = SpanTrainer(passes, lora, "a", 0)
+    trainer.forward("1.0", Frame(torch.randn(4 * 32, 64), [32] * 4, "left"), dropout=False)
+    checkpoint = open_checkpoint(str(folder))
+    said = {"lora": lora, "base": 1000, "batch": 4, "length": 32}
+    client, server = footprints(checkpoint, U_SHAPED, **said)  # type: ignore[arg-type]
+    assert server.activations == pytest.approx(passes.nbytes, rel=0.1)
+    frozen = sum(p.nbytes for p in stage.model.layers.parameters()) - 4 * trainer.trainable
+    assert server.weights == server.shared == frozen
+    assert client.activations > client.weights - client.shared and client.peak > client.base == 1000
+    _, two = footprints(checkpoint, U_SHAPED, clients=2, **said)  # type: ignore[arg-type]
+    assert (
+        two.activations == 2 * server.activations and two.weights == server.weights and two.adapters > server.adapters
+    )
+    _, tight = footprints(checkpoint, U_SHAPED, clients=8, graph_bytes=passes.nbytes * 2, **said)  # type: ignore[arg-type]
+    assert tight.activations <= passes.nbytes * 2
+    _, converted = footprints(checkpoint, U_SHAPED, dtype="bfloat16", **said)  # type: ignore[arg-type]
+    assert not converted.shared and converted.weights >= server.weights // 2
+
+
+def test_what_cannot_be_told_is_not_told(tmp_path: Path) -> None:
+    """Where experts are chosen by their input, a step without values cannot be run."""
+    save(tmp_path / "m", "mixtral")
+    lora = Lora(targets=["q_proj"])
+    told = footprints(
+        open_checkpoint(str(tmp_path / "m")), ["client :1", "server 1:-1", "client -1:"], lora=lora, base=0
+    )
+    assert told == ()

@@ -68,9 +68,8 @@ def serve(
 
     import torch
 
-    stage = Stage(part, getattr(torch, settings.dtype)).to(place)
-    count = sum(tensor.numel() for tensor in part.tensors.values())
-    part.tensors.clear()  # of another dtype than the stage's, they would stay in memory beside it
+    stage = Stage(part, getattr(torch, settings.dtype), settings.base).to(place)
+    part.let_go()
     onward = following(document, part.plan, party, insecure=insecure)
     if log_json:
         logging.getLogger("noren").setLevel(min(logging.INFO, logging.getLogger("noren").getEffectiveLevel()))
@@ -97,6 +96,7 @@ def serve(
         )  # fmt: skip
         at = f"{address.rpartition(':')[0]}:{listening.port}"
         layers = ", ".join(f"{span.start}:{span.end}" for span in part.plan.remote if span.party == party)
+        count = sum(tensor.numel() for tensor in part.tensors.values())
         if as_json:
             ready = {"ready": True, "party": party, "address": at, "port": listening.port, "device": str(place)}
             print(json.dumps(ready | {"layers": part.plan.kept(party), "parameters": count}), flush=True)

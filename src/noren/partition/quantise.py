@@ -26,7 +26,28 @@ def _int8(layer: nn.Linear) -> nn.Module:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(layer, Int8WeightOnlyConfig(version=2))
+    layer.__class__ = _Frozen
     return layer
+
+
+class _Frozen(nn.Linear):
+    """A linear layer whose weight is not trained: autograd keeps neither its input nor a dequantised weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return input [..., in] times the weight: [..., out]."""
+        out: Tensor = _Product.apply(input, self.weight, self.bias)
+        return out
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight  # a parameter of the model, which is there anyway
+        return nn.functional.linear(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0] @ ctx.weight.dequantize().to(gradients[0].dtype), None, None
 
 
 def _nf4(layer: nn.Linear) -> nn.Module:
@@ -41,7 +62,7 @@ def _nf4(layer: nn.Linear) -> nn.Module:
     made.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4").to(device)
     made.bias = layer.bias
     made.support_avx512bf16_for_cpu = False  # else the first pass without gradients repacks it for good, and none flow
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 BASES: dict[str, Callable[[nn.Linear], nn.Module]] = {"int8": _int8, "nf4": _nf4}
@@ -51,20 +72,26 @@ BASES: dict[str, Callable[[nn.Linear], nn.Module]] = {"int8": _int8, "nf4": _nf4
 def quantise(model: nn.Module, base: str) -> None:
     """Hold the weights of the linear layers inside a model's blocks as `base` says, one of BASES, or PLAIN.
 
-    Raises ConfigError if the libraries are not there.
+    Raises ConfigError if the libraries are not there, or the model has no such layers.
     """
     if base == PLAIN:
         return
+    count = 0
     logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels for other devices
     try:
         for block in find_blocks(model)[1]:
             for name, layer in list(block.named_modules()):
                 if type(layer) is nn.Linear:
+                    count += 1
                     parent, _, own = name.rpartition(".")
                     made = BASES[base](layer)
                     setattr(block.get_submodule(parent), own, made.requires_grad_(False))
     except ImportError as error:
         raise ConfigError(f"base = {base!r} needs more libraries ({error}): pip install 'noren[quant]'") from error
+    if not count:
+        raise ConfigError(
+            f'base = {base!r}: {type(model).__name__} has no linear layers in its blocks; use base = "plain"'
+        )
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
