@@ -28,34 +28,39 @@ from noren.config import Document
 from noren.wire.identity import ensure
 
 transformers.utils.logging.disable_progress_bar()
-SHAPES = {"160M": {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 2048, "num_attention_heads": 12}}
+SHAPES = {
+    "30M": {"hidden_size": 384, "num_hidden_layers": 8, "intermediate_size": 1024, "num_attention_heads": 12},
+    "160M": {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 2048, "num_attention_heads": 12},
+}
 PLAN = ["client :2", "server 2:-2", "client -2:"]
 
 
-def llama(folder: Path, shape: str, vocabulary: int = 32_000) -> Path:
-    """Write a random-weight Llama in bf16, as a model folder."""
+def llama(folder: Path, shape: str, vocabulary: int = 32_000, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a random-weight Llama, as a model folder."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         **SHAPES[shape], num_key_value_heads=4, vocab_size=vocabulary, max_position_embeddings=2048
     )
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / shape)
+    transformers.LlamaForCausalLM(config).to(dtype).save_pretrained(folder / shape)
     return folder / shape
 
 
 @contextmanager
-def server(folder: Path, values: dict[str, Any], threads: int, pids: list[int] | None = None) -> Iterator[Document]:
-    """Run `noren serve` for the middle of a run document's model in a process of its own; yields the document.
+def server(
+    folder: Path, values: dict[str, Any], threads: int, pids: list[int] | None = None, party: Any = "server"
+) -> Iterator[Document]:
+    """Run `noren serve` for a remote party ("server" or "edge") of a run document in a process of its own.
 
-    Its process id is added to `pids`.
+    Yields the document with the party's address. Its process id is added to `pids`.
     """
-    keys = folder / "keys"
-    ensure(keys, "server", "server")
+    keys, links = folder / "keys", values.get("links", {})
+    ensure(keys, party, party)
     ensure(keys, "client", "client")
-    values = values | {"keys": {"dir": str(keys)}, "links": {"server": "127.0.0.1:1"}}
-    path = folder / "run.toml"
+    values = values | {"keys": {"dir": str(keys)}, "links": links | {party: "127.0.0.1:1"}}
+    path = folder / f"{party}.toml"
     path.write_text(Document.of(values, folder).to_toml())
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "noren.cli.main", "serve", str(path), "--party", "server"]
+    command = [sys.executable, "-m", "noren.cli.main", "serve", str(path), "--party", party]
     command += ["--listen", "127.0.0.1:0", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
@@ -63,7 +68,7 @@ def server(folder: Path, values: dict[str, Any], threads: int, pids: list[int] |
         if pids is not None:
             pids.append(process.pid)
         port = json.loads(process.stdout.readline())["port"]
-        yield Document.of(values | {"links": {"server": f"127.0.0.1:{port}"}}, folder)
+        yield Document.of(values | {"links": links | {party: f"127.0.0.1:{port}"}}, folder)
     finally:
         process.terminate()
         process.wait(timeout=20)

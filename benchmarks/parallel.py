@@ -53,7 +53,7 @@ def document(model: Path, mode: str, clients: int) -> dict[str, Any]:
         "model": str(model), "plan": rig.PLAN, "dtype": "bfloat16",
         "adapter": {"r": 8, "targets": ["q_proj", "v_proj"]},
         "together": {"mode": mode, "clients": clients, "every": 1_000_000, "wait_seconds": 60.0},
-        "serve": {"graph_bytes": GRAPH_BYTES, "journal": "", "joined_tokens": 4 * TOKENS},
+        "serve": {"graph_bytes": GRAPH_BYTES, "journal": "", "joined_tokens": TOKENS},
     }  # fmt: skip
 
 

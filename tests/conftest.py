@@ -99,9 +99,9 @@ class Parties:
         document = Document.of({"model": str(model), "keys": {"dir": str(self._keys)}, **fields}, Path.cwd())
         run = document.run
         address, connect, following = "", None, None
-        first = Stage.load(document.model, run.plan, "server", run.task, getattr(torch, run.dtype)).plan
+        first = Stage.load(document.model, run.plan, "server", run.task, getattr(torch, run.dtype), run.base).plan
         for span in reversed(first.remote):
-            stage = Stage.load(document.model, run.plan, span.party, run.task, getattr(torch, run.dtype))
+            stage = Stage.load(document.model, run.plan, span.party, run.task, getattr(torch, run.dtype), run.base)
             server = SpanServer(stage, lora=run.adapter, limits=limits, following=following)
             self.servers[span.party] = server
             connect = self._watched(server) if span is first.remote[0] else server.connect

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from conftest import U_SHAPED
 from noren.adapters.lora import Lora
 from noren.errors import OverBudget, ProtocolError
 from noren.partition.stage import Frame, Stage
-from noren.training.passes import Passes, _block_by_block
+from noren.training.passes import HOW, Passes, _block_by_block
 from noren.training.span_trainer import SpanTrainer
 
 LORA = Lora(r=4, targets=["q_proj", "v_proj", "down_proj"])
@@ -152,6 +153,27 @@ def test_a_gradient_of_another_shape_is_refused(llama_folder: Path) -> None:
     trainer.forward("1.0", frame(8), dropout=False)
     with pytest.raises(ProtocolError, match="for an output"):
         trainer.backward("1.0", gradient(7))
+
+
+@pytest.mark.parametrize("how", ["dropped", "too much"])
+def test_what_no_gradient_comes_for_is_freed(llama_folder: Path, how: str) -> None:
+    """Counted over all tensors that Python knows, wherever they hang."""
+
+    def alive() -> int:
+        gc.collect()
+        known = (one for one in gc.get_objects() if type(one) is Tensor)
+        return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in known}.values())
+
+    passes = passes_of(llama_folder, PLENTY if how == "dropped" else 200_000)
+    trainer = trainer_of(passes, "a")
+    counts = []
+    for _ in range(4):
+        passes._per_token = dict.fromkeys(HOW, 0.0)  # as if it were not known to be too much
+        trainer.forward("1.0", frame(60), dropout=False)
+        trainer.forget()
+        counts.append(alive())
+    assert passes.by_block == (0 if how == "dropped" else 4) and not passes.nbytes
+    assert max(counts) - min(counts) < 50_000, counts
 
 
 def test_block_by_block_leaves_no_trace(llama_folder: Path) -> None:

@@ -26,6 +26,7 @@ from noren.wire.settings import Doors, Wire
 
 Task = Literal["causal-lm", "sequence-classification", "question-answering"]
 Dtype = Literal["float32", "bfloat16"]
+Base = Literal["plain", "int8", "nf4"]
 EMBEDDED = "embedded"
 DEFAULT_PLAN = ["client :2", "server 2:-2", "client -2:"]
 Address = Annotated[str, msgspec.Meta(pattern=r"^[^\s/]+:\d{1,5}$")]
@@ -46,6 +47,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     task: Task = "causal-lm"
     plan: list[str] = msgspec.field(default_factory=lambda: list(DEFAULT_PLAN))
     dtype: Dtype = "float32"
+    base: Base = "plain"  # how the remote parties hold their frozen weights: in `dtype`, or in 8 or 4 bits
     device: str = "auto"  # of this party's layers: "cpu", "cuda", "cuda:1", or "auto": a GPU if there is one
     seed: int = 0
     out: str = "runs/{name}"  # where the run is kept

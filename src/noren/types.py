@@ -87,6 +87,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     plan: list[str]  # the resolved cut, e.g. ["client 0:2", "server 2:6", "client 6:8"]
     task: Label  # which head the whole model carries, e.g. "causal-lm"
     dtype: Label  # of the tensors as each side computes with them, e.g. "bfloat16"
+    base: Label = "plain"  # how the remote parties hold their frozen weights (see partition.quantise)
     lora: str  # canonical JSON of the LoRA settings of the remote stages, "" for none
     seed: Seed  # initial values of the remote adapters
     activations: Label = "raw"  # codec of hidden states, both ways (see wire.codecs)

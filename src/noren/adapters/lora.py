@@ -99,6 +99,7 @@ def inject(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # many adapters is what we want
         warnings.filterwarnings("ignore", category=RuntimeWarning)  # targets that no layer of this party has
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was")  # that it cannot be merged: nobody does
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT sets it right for GPT-2 by itself
         torch.manual_seed(seed)
         try:

@@ -13,7 +13,9 @@ from rich.table import Column, Table
 from noren.cli.show import AsJson, DtypeName, Model, Task, TaskName, bytes_of, count_of, place_of, say
 
 if TYPE_CHECKING:
+    from noren.partition.checkpoint import Checkpoint
     from noren.partition.estimate import Cost
+    from noren.training.footprint import Footprint
 
 
 def plan(
@@ -23,6 +25,7 @@ def plan(
     dtype: Annotated[DtypeName, typer.Option(help="Of the weights, and of what crosses.")] = DtypeName.float32,
     batch: Annotated[int, typer.Option(min=1, help="Sequences in a training step.")] = 8,
     length: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 128,
+    clients: Annotated[int, typer.Option(min=1, help="Clients that train through the remote parties at once.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Show what each party would hold and what would cross, from the config and the shards' headers alone."""
@@ -36,10 +39,32 @@ def plan(
         checkpoint, cut or DEFAULT_PLAN, task=task.value, dtype=dtype.value, batch=batch, length=length,
         targets=lambda model_type: targets_for(Lora(), model_type),
     )  # fmt: skip
+    memory = peaks(checkpoint, cost, clients)
     if as_json:
-        typer.echo(json.dumps(as_record(cost)))
+        rows = [dataclasses.asdict(row) | {"peak": row.peak} for row in memory]
+        typer.echo(json.dumps(as_record(cost) | {"clients": clients, "memory": rows}))
     else:
         _print(cost)
+        _print_memory(cost, memory, clients)
+
+
+def peaks(checkpoint: Checkpoint, cost: Cost, clients: int) -> tuple[Footprint, ...]:
+    """Predict the peak memory of each party in training, on this machine; nothing where it cannot be told."""
+    import noren.parties.train  # what a party loads takes memory
+    import noren.wire.grpc_server  # noqa: F401
+    from noren.adapters.lora import Lora
+    from noren.errors import ConfigError, UnfitModel
+    from noren.parties.server import Limits
+    from noren.partition.slices import load_config
+    from noren.training.footprint import base_memory, footprints
+
+    try:
+        return footprints(
+            checkpoint, cost.plan.lines(), lora=Lora(), base=base_memory(load_config(checkpoint)), task=cost.task,
+            dtype=cost.dtype, batch=cost.batch, length=cost.length, clients=clients, graph_bytes=Limits().graph_bytes,
+        )  # fmt: skip
+    except (ConfigError, UnfitModel):  # no targets are known for the architecture, or it cannot be built small
+        return ()
 
 
 def as_record(cost: Cost) -> dict[str, Any]:
@@ -103,3 +128,18 @@ def _print(cost: Cost) -> None:
     say("codecs: wire.activations and wire.gradients of the run document; what crosses one line with both set to it")
     if any(party.adapter_parameters is None for party in cost.parties):
         say("LoRA: no default targets for this architecture; name them as adapter.targets")
+
+
+def _print_memory(cost: Cost, memory: tuple[Footprint, ...], clients: int) -> None:
+    if not memory:
+        say("memory at the peak of training: cannot be told for this architecture")
+        return
+    parts = ("base", "weights", "activations", "working", "adapters", "messages", "heap")
+    table = Table("peak memory", *(Column(name, justify="right") for name in ("in all", *parts)), box=None)
+    for row in memory:
+        table.add_row(row.party, bytes_of(row.peak), *(bytes_of(getattr(row, name)) for name in parts))
+    Console(highlight=False).print(table)
+    say(
+        f"peak memory: in training on a processor, {clients} client{'s' * (clients > 1)} at once, {cost.batch} x "
+        f"{cost.length} tokens each; 'base' is Python and its libraries on this machine"
+    )

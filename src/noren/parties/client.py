@@ -112,6 +112,7 @@ class Client:
         )  # fmt: skip
         ask = guarded(self.ask, self.releases.compactly)
         self.hf = build_client(self.part, ask, getattr(torch, run.dtype), run.seed).to(device)
+        self.part.let_go()
         self.span: RemoteSpan = remote_span(self.hf)
         self.span.release = self.releases
         if self.lora is not None:
@@ -149,7 +150,7 @@ class Client:
                 run=run.name,
                 terms=Terms(
                     fingerprint=self.part.fingerprint, plan=self.part.plan.lines(), task=run.task, dtype=run.dtype,
-                    lora=self.lora.canonical() if self.lora else "", seed=run.seed,
+                    base=run.base, lora=self.lora.canonical() if self.lora else "", seed=run.seed,
                     activations=run.wire.activations, gradients=run.wire.gradients, noise=run.noise,
                     delta_bytes=run.wire.delta_bytes if run.wire.activations == DELTA else 0, together=run.together,
                     replaceable=self._replaceable,

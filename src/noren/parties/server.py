@@ -210,7 +210,8 @@ class SpanServer:
         stage = self.stage
         return msgspec.structs.replace(
             asked, fingerprint=stage.fingerprint, plan=stage.plan.lines(), task=stage.task,
-            dtype=dtype_name(stage.dtype), lora=self.lora.canonical() if self.lora and asked.lora else "",
+            dtype=dtype_name(stage.dtype), base=stage.base,
+            lora=self.lora.canonical() if self.lora and asked.lora else "",
             delta_bytes=min(asked.delta_bytes, self.limits.delta_bytes), logs="metadata",
         )  # fmt: skip
 

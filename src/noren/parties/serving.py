@@ -52,7 +52,10 @@ class Serving:
         self.observed.watch("noren_steps_total", lambda: self.server.steps)
 
     def _stage(self, part: Slice) -> Stage:
-        return Stage(part, getattr(torch, self._document.run.dtype)).to(self._place)
+        run = self._document.run
+        stage = Stage(part, getattr(torch, run.dtype), run.base).to(self._place)
+        part.let_go()
+        return stage
 
     def _at_work(self, stage: Stage, onward: Following | None) -> SpanServer:
         run, journal = self._document.run, None

@@ -30,6 +30,7 @@ from noren.partition.blocks import (
 )
 from noren.partition.checkpoint import FolderCheckpoint
 from noren.partition.plan import Plan
+from noren.partition.quantise import PLAIN, quantise
 from noren.partition.slices import load_config, parse_config, read_manifest, read_slice
 from noren.partition.sources import open_checkpoint
 
@@ -56,6 +57,10 @@ class Slice:
     location: str
     bytes_read: int
     generation: str | None  # generation_config.json, for the party that generates
+
+    def let_go(self) -> None:
+        """Keep names and shapes of the tensors alone, once they are built in: files of another dtype leave memory."""
+        self.tensors.update({name: tensor.to("meta") for name, tensor in self.tensors.items()})
 
 
 def open_slice(model: str | Path, plan: Any, party: str | None, task: str) -> Slice:
@@ -224,9 +229,9 @@ def unpack(packed: Tensor, real: Tensor) -> Tensor:
 class Stage(nn.Module):
     """The layers `span` of a model, held by a remote party. Build with `Stage.load`."""
 
-    def __init__(self, part: Slice, dtype: torch.dtype) -> None:
+    def __init__(self, part: Slice, dtype: torch.dtype, base: str = PLAIN) -> None:
         super().__init__()
-        self.dtype = dtype  # of the base weights, and of what crosses
+        self.dtype, self.base = dtype, base  # of the base weights, and of what crosses; how those weights are held
         self.in_use: tuple[str | None, bool] | None = None  # the adapter that acts, and whether dropouts are on
         self.plan, self.party, self.task, self.fingerprint = (
             part.plan,
@@ -243,6 +248,7 @@ class Stage(nn.Module):
             dtype,
             may_miss=lambda name: not BLOCK_KEY.match(name) and not (head and is_tail_key(name)),
         )
+        quantise(loaded, base)
         unroll_shared(loaded)
         self.causal = is_causal(loaded)
         if isinstance(loaded.get_input_embeddings(), nn.Embedding) and not (head and loaded.config.tie_word_embeddings):
@@ -256,9 +262,11 @@ class Stage(nn.Module):
         self.eval().requires_grad_(False)
 
     @classmethod
-    def load(cls, model: str | Path, plan: Any, party: str, task: str, dtype: torch.dtype = torch.float32) -> Stage:
-        """Read and build the stage of `party`. Raises ModelError, UnfitModel or PlanError."""
-        return cls(open_slice(model, plan, party, task), dtype)
+    def load(
+        cls, model: str | Path, plan: Any, party: str, task: str, dtype: torch.dtype = torch.float32, base: str = PLAIN
+    ) -> Stage:
+        """Read and build the stage of `party`. Raises ModelError, UnfitModel, PlanError or ConfigError."""
+        return cls(open_slice(model, plan, party, task), dtype, base)
 
     @property
     def config(self) -> PretrainedConfig:

@@ -22,7 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from noren.adapters import lora as adapters
 from noren.errors import ProtocolError
+from noren.metrics import Heap
 from noren.partition.blocks import find_blocks
+from noren.partition.quantise import plain_tensors
 from noren.partition.stage import Frame, Stage
 from noren.types import Message
 
@@ -91,6 +93,7 @@ class Passes:
         self.by_block = 0  # passes that kept no more than what entered each block
         self.together = 0  # passes that were computed with others
         self.per_sequence = False  # whether the stage's head gives one row a sequence
+        self._heap = Heap()
         self._graphs: list[_Graph] = []
         self._per_token = dict.fromkeys(HOW, 0.0)  # bytes that a token keeps alive, the most seen
 
@@ -106,6 +109,7 @@ class Passes:
             outputs = self._keep(some)
             for one, part in zip(some, _parts(some, outputs, self.per_sequence), strict=True):
                 one.shape, out[id(one)] = tuple(part.shape), part.detach()
+            self._heap.trim()
         return [out[id(one)] for one in passes]
 
     def backward(self, pairs: Sequence[tuple[Pass, Tensor]]) -> list[Tensor]:
@@ -145,6 +149,7 @@ class Passes:
         out = {id(one): part for one, part in zip(graph.passes, parts, strict=True) if id(one) in given}
         if graph in self._graphs:
             self._free(graph)
+        self._heap.trim()
         return out
 
     def _split(self, passes: Sequence[Pass]) -> list[list[Pass]]:
@@ -260,21 +265,25 @@ class _TooMuch(Exception):
 
 
 class _SavedBytes:
-    """Counts the bytes that a graph keeps alive, weights left out. Raises _TooMuch above `most`."""
+    """Counts the bytes that a graph keeps alive, weights left out. Raises _TooMuch above `most`.
+
+    What is handed back to autograd is detached: an operation that keeps its own output would else hold itself through
+    it, in a circle that only a backward pass breaks, and what is dropped before would never be freed.
+    """
 
     def __init__(self, stage: Stage, most: float) -> None:
         self.total, self._most = 0, most
-        self._weights = {p.untyped_storage().data_ptr() for p in stage.parameters()}
-        self._seen: set[int] = set()
+        self._seen = {plain.untyped_storage().data_ptr() for p in stage.parameters() for plain in plain_tensors(p)}
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in self._weights and place not in self._seen:
-            self._seen.add(place)
-            self.total += tensor.untyped_storage().nbytes()
-            if self.total > self._most:
-                raise _TooMuch
-        return tensor
+        for plain in plain_tensors(tensor):
+            place = plain.untyped_storage().data_ptr()
+            if place not in self._seen:
+                self._seen.add(place)
+                self.total += plain.untyped_storage().nbytes()
+                if self.total > self._most:
+                    raise _TooMuch
+        return tensor.detach()
 
 
 @contextmanager
