@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -20,6 +21,7 @@ from noren.errors import ConfigError, HandshakeRefused, LinkError, ProtocolError
 from noren.parties.client import Client
 from noren.parties.remote_state import incarnation_of
 from noren.parties.server import SpanServer
+from noren.parties.stand_in import StandIn, beside
 from noren.partition.stage import Stage
 from noren.training.batches import Row
 from noren.training.journal import StepJournal
@@ -447,3 +449,61 @@ def test_a_document_names_edges_in_the_one_place_where_they_can_be(llama_folder:
     for more, words in wrong:
         with pytest.raises(ConfigError, match=words):
             Document.of(values | more, Path.cwd())
+
+
+def test_the_cloud_stands_in_for_the_last_edge(llama_folder: Path, keys: Path, undisturbed: Any) -> None:
+    """Its layers are loaded when the first user comes, and not by a question how it is."""
+    with tiers(llama_folder, keys, edges=1) as at:
+        loads: list[SpanServer] = []
+
+        def load() -> SpanServer:
+            loads.append(at._party("edge", beside(at.cloud, "stand-in"), "stand-in"))
+            return loads[-1]
+
+        spare = StandIn(load, at.cloud.condition)
+        at.doors.append(at.stack.enter_context(GrpcServer("127.0.0.1:0", credentials(keys, "cloud"), spare.connect)))
+        done: list[int] = []
+
+        def spoil(edge: int, message: Message) -> None:
+            if not done and message.kind == "backward" and getattr(message.meta, "session", "") == "3.0":
+                done.append(edge)
+                at.kill(edge)
+                raise SessionLost("killed")
+
+        at.spoil = spoil
+        user = at.user(0, first=0, edges={"assign": "least-loaded", "switch_seconds": 0.3})
+        assert user.link.address.endswith(f":{at.doors[0].port}"), "a stand-in comes last"  # type: ignore[union-attr]
+        assert not loads and spare.condition().spare
+        outcome = train([user], datasets()[:1], accumulate=2)[0]
+        assert len(loads) == 1 and done == [0] and at.cloud.steps == 4
+        same(undisturbed(), (outcome.losses, user.adapter_state() | user.pull(optimizer=True)))
+        with pytest.raises(ProtocolError, match="before 'hello'"):
+            spare.connect(identity("u9"))(Message(Pull()))
+
+
+@pytest.mark.parametrize("assign", ["least-loaded", "round-robin", "first"])
+def test_users_choose_an_edge(llama_folder: Path, keys: Path, assign: str) -> None:
+    """By how many runs each has; one that does not answer is chosen last, or given up when it is the first."""
+    with tiers(llama_folder, keys, edges=3) as at:
+        at.kill(1)
+        chosen = []
+        for n in range(4):
+            user = at.user(n, first=0, edges={"assign": assign, "switch_seconds": 0.3})
+            chosen.append([f"127.0.0.1:{door.port}" for door in at.doors].index(user.link.address))  # type: ignore[union-attr]
+        if assign == "first":
+            assert chosen == [0, 0, 0, 0]
+        elif assign == "round-robin":
+            assert chosen == [0, 2, 0, 2]
+        else:
+            assert sorted(chosen[:2]) == sorted(chosen[2:]) == [0, 2]
+
+
+def test_nobody_is_there(llama_folder: Path, keys: Path) -> None:
+    """With no edge left a user is told so, in bounded time."""
+    with tiers(llama_folder, keys) as at:
+        at.kill(0)
+        at.kill(1)
+        began = time.monotonic()
+        with pytest.raises(LinkError, match="no answer"):
+            at.user(0, first=0, wire={"patience_seconds": 1.0})
+        assert time.monotonic() - began < 20

@@ -22,7 +22,7 @@ from noren.parties.server import Limits
 from noren.training.data import Data
 from noren.training.loop import Training
 from noren.types import Noise, Together, joins
-from noren.wire.settings import Doors, Wire
+from noren.wire.settings import DELTA, Doors, Wire
 
 Task = Literal["causal-lm", "sequence-classification", "question-answering"]
 Dtype = Literal["float32", "bfloat16"]
@@ -61,6 +61,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     wire: Wire = Wire()
     noise: Noise = Noise()
     together: Together = Together()
+    loss_at: Literal["client", "cloud"] = "client"  # "cloud": the last party, of a head-tail plan; labels leave
     edges: Edges = Edges()
 
     def __post_init__(self) -> None:
@@ -73,6 +74,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
                     "clients' batches are joined instead"
                 )
         self._check_links()
+        self._check_loss()
         parties = {line.split()[0] for line in self.plan if line.split()}
         adapter = self.adapter or Lora()
         for where, named in (
@@ -82,6 +84,17 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         ):
             if unknown := sorted(set(named) - parties):
                 raise ValueError(f"{where} names {unknown[0]!r}; the plan's parties are {', '.join(sorted(parties))}")
+
+    def _check_loss(self) -> None:
+        names = [line.split()[0] for line in self.plan if line.split()]
+        if self.loss_at == "client":
+            return
+        if names[-1] == names[0]:
+            raise ValueError(f'loss_at = "cloud" needs a plan that ends at another party than {names[0]!r}')
+        if self.task != "causal-lm":
+            raise ValueError(f'loss_at = "cloud" is for task = "causal-lm", not {self.task!r}; leave it at "client"')
+        if self.wire.activations == DELTA:
+            raise ValueError('loss_at = "cloud" goes with any codec of activations but "delta"')
 
     def _check_links(self) -> None:
         """Only the party that clients connect to can be one of several, each with a replica of the adapter."""

@@ -96,6 +96,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     noise: Noise = Noise()  # what the client does to what it sends
     logs: Literal["metadata", "debug"] = "metadata"  # what a party may write down: never contents, unless "debug"
     together: Together = Together()
+    loss_at: Literal["client", "cloud"] = "client"  # "cloud": labels leave, for the last party
     replaceable: bool = False  # parties between keep their state at the last one too: another may take their place
 
 
@@ -181,6 +182,8 @@ class Deltas(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Forward(Meta, frozen=True, kw_only=True, tag="forward"):
     """Hidden states of real tokens going up: tensor `hidden` [N, d]. Answer: `Hidden`.
 
+    With the loss at the cloud, in training, also `labels` [N], the token that is to follow each, or -100 for none.
+
     A step is named by (session, start) and may be repeated: the server crops its cache to `start`, then appends.
     With `deltas`, `hidden` is a payload of differences, uint8; it is the same step as the values that it stands for.
     """
@@ -203,7 +206,8 @@ class Forward(Meta, frozen=True, kw_only=True, tag="forward"):
 class Hidden(Meta, frozen=True, kw_only=True, tag="hidden"):
     """Hidden states (or the head's raw output) coming back: tensor `hidden` [N', d'].
 
-    N' counts the real tokens among the last `keep` columns; or B rows if the head gives one row a sequence.
+    N' counts the real tokens among the last `keep` columns; or B rows if the head gives one row a sequence. Where
+    labels went up, it is the loss at each token instead, [N, 1].
     """
 
     per_sequence: bool = False

@@ -83,6 +83,10 @@ class Client:
             set_labels(self.part, labels, pad_id)
         self.policy = policy if policy is not None else read_policy()
         self.policy.check_run(self.part.plan, self.part.fingerprint, run.noise)
+        self.policy.check_labels(run.loss_at)
+        if run.loss_at == "cloud":
+            last = self.part.plan.remote[-1].party
+            log.warning('loss_at = "cloud": in training the labels leave this machine, and %r reads them', last)
         self.journal, self._resume, self._insecure = journal, resume, insecure
         self._schema: Schema | None = None
         self._own: dict[str, list[int]] = {}  # shapes of this party's own adapters, if they are to be averaged
@@ -153,7 +157,7 @@ class Client:
                     base=run.base, lora=self.lora.canonical() if self.lora else "", seed=run.seed,
                     activations=run.wire.activations, gradients=run.wire.gradients, noise=run.noise,
                     delta_bytes=run.wire.delta_bytes if run.wire.activations == DELTA else 0, together=run.together,
-                    replaceable=self._replaceable,
+                    loss_at=run.loss_at, replaceable=self._replaceable,
                 ),
                 resume=self._resume, own=self._own, moved=self._replaceable and bool(self._resume),
             )
@@ -176,7 +180,7 @@ class Client:
         schema = Schema(
             dtype=self.document.run.dtype, width=self._width, back=self._width if self.part.plan.u_shaped else None,
             activations=hello.terms.activations, gradients=hello.terms.gradients, adapter=welcome.adapter,
-            tokens=1 << 30, own=self._own,
+            tokens=1 << 30, own=self._own, labels=hello.terms.loss_at == "cloud",
         )  # fmt: skip
         if self._schema is not None and schema != self._schema:
             raise HandshakeRefused(f"{self.link_name} now offers other adapters than before; start the run again")

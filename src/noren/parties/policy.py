@@ -49,6 +49,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     most_clip: Amount = 0.0
     most_epochs: Amount = 0.0
     most_vectors: Count = 0
+    labels_stay: bool = False
     debug: bool = False
     protocol: Count = PROTOCOL
 
@@ -78,6 +79,11 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             self._refuse("last_layers", f"the plan leaves {last} last layers here, the policy wants {self.last_layers}")
         self._check_model(fingerprint)
         self._check_noise(noise)
+
+    def check_labels(self, loss_at: str) -> None:
+        """Raise PolicyRefused if a run would send its labels away."""
+        if self.labels_stay and loss_at != "client":
+            self._refuse("labels_stay", f'loss_at = "{loss_at}" sends the labels of every batch away')
 
     def check_epochs(self, epochs: float) -> None:
         """Raise PolicyRefused if a run would go over the data too often."""

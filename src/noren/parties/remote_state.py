@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import msgspec
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from noren.config import Document
-from noren.errors import Overloaded, ProtocolError
+from noren.errors import Overloaded, ProtocolError, UnfitModel
 from noren.parties.edges import AnyOf, step_of
 from noren.partition.remote import Overlap, RemoteSpan
 from noren.privacy.release import Releases
+from noren.training.batches import IGNORED
 from noren.training.loop import Remote
 from noren.training.overlap import Baton
 from noren.types import Average, Enter, Leave, Message, State, Together, Update, Welcome, joins
@@ -87,6 +89,22 @@ class RemoteState(Remote):
         if numbers is not None:
             self._client.releases.samples = numbers
         self._client.span.targets = targets if joins(self._together) else 0
+
+    def loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the mean loss over the targets of a batch: made at the last party, if labels go there to train."""
+        if self._client.document.run.loss_at == "client" or not (model.training and torch.is_grad_enabled()):
+            return super().loss(model, inputs)
+        span, labels = self._client.span, inputs["labels"]
+        following = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1)
+        span.labels = following
+        losses = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"}).logits
+        if span.head_output is None or not torch.equal(losses, span.head_output):
+            raise UnfitModel(
+                'this architecture works on the head\'s output after the head, so loss_at = "cloud" would be another '
+                'loss; leave it at "client"'
+            )
+        counted = following != IGNORED
+        return losses[..., 0][counted].sum() / counted.sum().clamp_min(1)
 
     @contextmanager
     def overlapping(self, baton: Baton, parts: int) -> Iterator[None]:

@@ -111,7 +111,7 @@ class Run:
         return Schema(
             dtype=dtype_name(stage.dtype), width=stage.hidden_size, back=back, activations=terms.activations,
             gradients=terms.gradients, adapter=adapter, tokens=tokens, own=self.begun.hello.own,
-            before=before | self.told if onward else before,
+            before=before | self.told if onward else before, labels=terms.loss_at == "cloud",
         )  # fmt: skip
 
 

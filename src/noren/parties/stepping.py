@@ -19,6 +19,7 @@ from noren.parties.kept import as_kept, split_kept
 from noren.parties.ledger import keep_all
 from noren.parties.runs import Run
 from noren.partition.stage import Frame, Stage
+from noren.training.batches import IGNORED
 from noren.training.joint import Part
 from noren.training.passes import Pass, Passes
 from noren.types import (
@@ -102,7 +103,8 @@ class Stepping:
                 out = self._host.compute(lambda: _only(self._forwards([asked])), self._owner)
             if run.following is not None:
                 kept = self.kept_beyond(run, message, meta.update)
-                onward = trainer.kept(meta.session).onward = Message(meta, {"hidden": out} | kept)
+                labels = {name: tensor for name, tensor in message.tensors.items() if name == "labels"}
+                onward = trainer.kept(meta.session).onward = Message(meta, {"hidden": out} | labels | kept)
                 answer = run.following(onward)
             else:
                 answer = Message(Hidden(per_sequence=self._host.passes.per_sequence), {"hidden": out})
@@ -133,10 +135,20 @@ class Stepping:
         if meta.update is not None:
             self.update(run, meta.update)
         run.ledger.check_step(meta.session, run.trainer.step)
-        frame = Frame(one.tensor, meta.lengths, meta.padding, meta.positions)
+        frame = Frame(one.tensor, meta.lengths, meta.padding, meta.positions, labels=self._labels(one))
         begun = run.trainer.begin(meta.session, frame, dropout=meta.dropout)
         begun.targets = float(min(meta.weight, len(one.tensor)) or len(one.tensor))
         return begun
+
+    def _labels(self, one: Request) -> Tensor | None:
+        """The labels that came with a pass whose loss is made here. Raises ProtocolError."""
+        labels = one.message.tensors.get("labels")
+        if labels is None or one.run.following is not None:
+            return None
+        most = int(self._host.stage.config.get_text_config().vocab_size)
+        if bool(((labels < 0) & (labels != IGNORED) | (labels >= most)).any()):
+            raise ProtocolError(f"labels must be {IGNORED}, or at least 0 and below {most}")
+        return self._here(labels)
 
     def _next_round(self, group: Group, run: Run, update: Update | None) -> None:
         """Wait until the step to which this client has contributed is made."""

@@ -57,6 +57,7 @@ class RemoteSpan(nn.Module):
         self.graphs: dict[str, int] = {}  # training sessions whose graph the client still has
         self.targets = 0  # that the step's loss is a mean over, if whoever trains says so
         self.overlap: Overlap | None = None  # the batches of which several are under way, if any
+        self.labels: Tensor | None = None  # [B, T], to go along with the next training pass
         self._left: Tensor | None = None  # what the last training pass sent, packed
         self._per_token = True
         self.register_parameter("lora_remote", None)
@@ -158,7 +159,7 @@ class RemoteSpan(nn.Module):
             raise ProtocolError("the peer sent back one row a sequence, but holds no head")
         self._per_token = not reply.meta.per_sequence
         sent, hidden = message.tensors["hidden"], reply.tensors["hidden"]
-        width = sent.shape[1] if not self.answers_head else hidden.shape[-1]
+        width = 1 if "labels" in message.tensors else sent.shape[1] if not self.answers_head else hidden.shape[-1]
         _check_answer(hidden, sent.dtype, (rows if self._per_token else len(message.meta.lengths), width))
         return hidden.to(sent.device)
 
@@ -241,7 +242,10 @@ class _Pass:
         span.graphs[session] = id(self)
         weakref.finalize(self, span.graph_gone, session, id(self))
         more = {"positions": positions, "train": True, "dropout": span.training, "weight": span.targets}
-        sent = span.release(span._forward_message(packed, real, session, 0, **more))
+        message, labels = span._forward_message(packed, real, session, 0, **more), span.labels
+        if labels is not None:
+            message, span.labels = Message(message.meta, {**message.tensors, "labels": labels[real]}), None
+        sent = span.release(message)
         self._forward: Message | None = sent
         self._span, self._shape, self._dtype = span, tuple(packed.shape), packed.dtype
         self.out = span._send(sent, len(packed))

@@ -186,6 +186,7 @@ class Frame:
     padding: str
     positions: str = "row"
     keep: int = 0
+    labels: Tensor | None = None  # [N], if the loss is made here
     real: Tensor = field(init=False)  # [B, T], True at real tokens
 
     def __post_init__(self) -> None:

@@ -90,7 +90,7 @@ class Releases:
                 f"{self._rule}"
             )
         if self._noise is not None:
-            message = Message(message.meta, {name: self._noise(vectors, _pass(key))})
+            message = Message(message.meta, {**message.tensors, name: self._noise(vectors, _pass(key))})
         if key and self._delta is not None and isinstance(message.meta, Forward):
             message = self._encode(message, message.meta, samples, self._delta)
         self._write(message, key, spent)

@@ -105,6 +105,11 @@ class Remote:
     def batch(self, numbers: list[int] | None, targets: int) -> None:
         """Say which rows the next forward pass is of, by their place in the data, and the targets of the whole step."""
 
+    def loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the mean loss over the targets of a batch."""
+        result: Tensor = model(**inputs).loss
+        return result
+
     @contextmanager
     def overlapping(self, baton: Baton, parts: int) -> Iterator[None]:
         """Within it, answers are waited for with `baton.waiting`, and graphs of several parts end at the cut."""
@@ -296,8 +301,7 @@ class Trainer:
         """Mean loss over the targets of some rows."""
         device = next(iter(self.parameters.values())).device
         inputs = {k: v.to(device) for k, v in collate(rows, self._pad).items()}
-        result: Tensor = self.model(**inputs).loss
-        return result
+        return self._remote.loss(self.model, inputs)
 
     @torch.no_grad()
     def evaluate(self) -> float | None:

@@ -241,6 +241,9 @@ class Passes:
     def _run(self, frame: Frame) -> Tensor:
         out: Tensor = self.stage(frame.padded(), frame.real, positions=frame.positions)
         self.per_sequence = out.dim() == 2
+        if frame.labels is not None:
+            scores = frame.packed(out).float()
+            return nn.functional.cross_entropy(scores, frame.labels, reduction="none")[:, None].to(out.dtype)
         return out if self.per_sequence else frame.packed(out)
 
     def _random(self, passes: list[Pass]) -> AbstractContextManager[None]:
@@ -252,7 +255,11 @@ def _joint(passes: Sequence[Pass]) -> Frame:
     """The batch of all passes' rows."""
     first = passes[0].frame
     lengths = [length for one in passes for length in one.frame.lengths]
-    return Frame(torch.cat([one.frame.hidden for one in passes]), lengths, first.padding, first.positions)
+    labels = [one.frame.labels for one in passes if one.frame.labels is not None]
+    return Frame(
+        torch.cat([one.frame.hidden for one in passes]), lengths, first.padding, first.positions,
+        labels=torch.cat(labels) if labels else None,
+    )  # fmt: skip
 
 
 def _parts(passes: Sequence[Pass], joint: Tensor, per_sequence: bool) -> list[Tensor]:

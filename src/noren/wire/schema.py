@@ -26,7 +26,7 @@ class Schema:
     `dtype`: of hidden states ("float32", ...). `width`: size of hidden states going up. `back`: of what comes back,
     None if the far end holds the head. `adapter`: shapes of the remote adapters by name; `own`: of the client's, which
     an average carries; `before`: of the parties between, whose state comes along with their steps (types.KEPT).
-    `tokens`: most in one message.
+    `tokens`: most in one message. `labels`: whether those of a training pass come with it.
     """
 
     dtype: str
@@ -38,6 +38,7 @@ class Schema:
     tokens: int
     own: Mapping[str, list[int]] = field(default_factory=dict)
     before: Mapping[str, list[int]] = field(default_factory=dict)
+    labels: bool = False
 
     def request(self, header: Header) -> None:
         """Raise ProtocolError or OverBudget unless a header is that of a request which was agreed."""
@@ -46,7 +47,7 @@ class Schema:
         if isinstance(meta, Forward) and meta.deltas is not None:
             self._deltas(header, meta)
         elif isinstance(meta, Forward):
-            entry = self._one(header, "hidden", self._hidden)
+            entry = self._one(header, "hidden", self._hidden, labels=self.labels and meta.train)
             if entry.shape != [sum(meta.lengths), self.width]:
                 raise ProtocolError(
                     f"'hidden' must be [tokens, {self.width}] with tokens = {sum(meta.lengths)}, as lengths sum to "
@@ -123,9 +124,14 @@ class Schema:
             )
 
     @staticmethod
-    def _only(header: Header, name: str) -> Entry:
-        """The only tensor of a message."""
+    def _only(header: Header, name: str, *, labels: bool = False) -> Entry:
+        """The only tensor of a message, labels left out."""
         given = _plain(header)
+        if labels:
+            entry = given.pop("labels", None)
+            wanted = given[name].shape[:1] if name in given else None
+            if entry is None or (entry.dtype, entry.codec, entry.shape) != ("i64", "raw", wanted):
+                raise ProtocolError("a training pass carries 'labels', i64 [tokens], as the loss is at the cloud")
         if list(given) != [name]:
             raise ProtocolError(f"a {header.kind!r} carries exactly one tensor, {name!r}; got {sorted(given)[:8]}")
         return given[name]
@@ -134,9 +140,9 @@ class Schema:
         if tokens > self.tokens:
             raise OverBudget(f"{tokens} tokens in one message; the limit is {self.tokens}: use a smaller batch")
 
-    def _one(self, header: Header, name: str, codec: str) -> Entry:
+    def _one(self, header: Header, name: str, codec: str, *, labels: bool = False) -> Entry:
         """The only tensor of a message, of the agreed type and codec."""
-        entry = self._only(header, name)
+        entry = self._only(header, name, labels=labels)
         if str(DTYPES[entry.dtype]) != f"torch.{self.dtype}" or entry.codec != codec:
             raise ProtocolError(
                 f"{name!r} must be {self.dtype} under codec {codec!r}, got {entry.dtype} under {entry.codec!r}"
