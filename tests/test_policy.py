@@ -89,6 +89,13 @@ CASES = {
         "last_layers = 1", "the plan leaves 0 last layers here, the policy wants 1",
         document={"plan": ["client :2", "server 2:"]}, connects=False,
     ),
+    "labels/document": Case(
+        "labels_stay = true", 'loss_at = "cloud" sends the labels of every batch away',
+        document={"plan": ["client :2", "server 2:"], "loss_at": "cloud"}, connects=False,
+    ),
+    "labels/server": Case(
+        "labels_stay = true", "wants another loss_at than was asked for", twist=terms(loss_at="cloud"),
+    ),
     "extra-epochs/document": Case(
         "most_epochs = 1.0", "3 passes over the data, the policy allows 1", document={"training": {"epochs": 3.0}},
         connects=False,

@@ -96,7 +96,7 @@ def test_ranks_and_parties_that_were_asked_for_are_taken(tmp_path: Path) -> None
     assert {min(shape) for shape in found[0].adapter.values()} == {3}
 
 
-BY_NATURE = {"raw-embeddings/server", "protocol-unknown"}
+BY_NATURE = {"raw-embeddings/server", "labels/server", "protocol-unknown"}
 """Refused under any policy."""
 BY_POLICY = [name for name, case in CASES.items() if case.policy and name not in BY_NATURE]
 

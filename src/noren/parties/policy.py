@@ -9,6 +9,7 @@
     most_clip = 10.0               largest norm of a vector that leaves
     most_epochs = 3.0              passes over the data in one run
     most_vectors = 1000000         vectors (hidden states and gradients of tokens) that may leave in one run
+    labels_stay = true             no loss is made elsewhere from labels that are sent there
     debug = false                  whether a peer may write contents into its logs
     protocol = 2                   oldest protocol that is spoken
 
