@@ -108,6 +108,16 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
                 raise ValueError(
                     f"links.{party} has several addresses; only the first party after the client can have more than one"
                 )
+            if len(where) > 1 and len(set(names)) > 3:
+                raise ValueError(
+                    f"links.{party} has several addresses, and {len(set(names)) - 1} parties hold layers after the "
+                    "client; with several, there can be one more party after them"
+                )
+            if len(where) > 1 and self.wire.activations == DELTA:
+                raise ValueError(
+                    f'links.{party} has several addresses, and activations = "delta" builds on what one party holds; '
+                    'take another codec, e.g. "int8-group"'
+                )
             if len(where) > 1 and self.together.mode not in ("alone", "server-hierarchical"):
                 raise ValueError(
                     f"links.{party} has several addresses, which cannot share one adapter; with them together.mode "

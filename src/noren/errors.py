@@ -13,6 +13,7 @@
         ├── TooLate          the others of the group went on without this step; it is made again in the next
         ├── SessionLost      the peer no longer holds what a step builds on; the sender replays or restarts
         ├── OverBudget       the peer's limit of bytes, sessions or time was reached
+        ├── Unreachable      the peer needs another party, which it cannot reach
         ├── Overloaded       the peer has too much to do at this moment; it says when to come back
         ├── Denied           this identity may not do this
         └── PolicyRefused    the client's own policy forbids what it was asked for; nothing was sent
@@ -84,6 +85,10 @@ class Overloaded(PeerError):
         self.retry_after = retry_after
 
 
+class Unreachable(PeerError):
+    """The peer could not reach the party that comes after it."""
+
+
 class Denied(PeerError):
     """The peer knows who asks, and that identity may not do this."""
 
@@ -100,6 +105,7 @@ WIRE_CODES: dict[str, type[PeerError]] = {
     "too-late": TooLate,
     "over-budget": OverBudget,
     "overloaded": Overloaded,
+    "unreachable": Unreachable,
     "denied": Denied,
     "policy": PolicyRefused,
 }
@@ -114,7 +120,7 @@ def to_wire(error: BaseException) -> tuple[str, str]:
         if type(error) is cls:
             return code, str(error)
     if isinstance(error, LinkError):
-        return "refused", "the next party cannot be reached; its name and address are in this party's log"
+        return "unreachable", "the next party cannot be reached; its name and address are in this party's log"
     return "refused", f"internal error ({type(error).__name__}); the peer's log has the details"
 
 

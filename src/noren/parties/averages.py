@@ -80,6 +80,8 @@ class Averages:
                 except PeerError as error:
                     out[member] = error
             there = {member: one for member, one in asked.items() if member not in out}
+            out |= _odd(there)
+            there = {member: one for member, one in there.items() if member not in out}
             if not there:
                 return out
             weights = [one.meta.weight for one in there.values()]
@@ -104,3 +106,14 @@ class Averages:
             return out
 
         return self._host.compute(work)
+
+
+def _odd(asked: dict[str, Request]) -> dict[str, ProtocolError]:
+    """Errors for those whose adapters have other names or shapes than most have."""
+    forms = {
+        member: tuple(sorted((name, tuple(tensor.shape)) for name, tensor in split_kept(one.message)[1].items()))
+        for member, one in asked.items()
+    }
+    usual = max(forms.values(), key=list(forms.values()).count, default=())
+    text = "the group's clients have other adapters; give all the same [adapter] and plan"
+    return {member: ProtocolError(text) for member, form in forms.items() if form != usual}

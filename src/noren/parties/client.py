@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -220,16 +220,13 @@ class Client:
                 self.link(more)
             raise
 
-    def _reconnected(self, answer: Message) -> tuple[Message, ...]:
+    def _reconnected(self, answer: Message) -> Iterable[Message]:
         """Check that the remote parties still hold this run; returns what sets it right. Raises SessionLost."""
         welcome = self._accepted(answer)
         if welcome.incarnation == self.welcome.incarnation:
             return ()
-        before, self.welcome = self.welcome, welcome
-        if self.same_run(before.incarnation):
-            self._enter(welcome)
-            return self.link.sent.after(welcome.step) if isinstance(self.link, AnyOf) else ()
-        self.welcome = before
+        if self.same_run(welcome.incarnation):
+            return self._resend(welcome)
         steps = self.span.steps
         if self._pushed is not None and self._pushed[1] == steps.applied and steps.idle:
             self._enter(welcome)
@@ -241,6 +238,12 @@ class Client:
             )
         self._enter(welcome)
         return ()
+
+    def _resend(self, welcome: Welcome) -> Iterator[Message]:
+        """What another party must be sent again. Only when it has answered all of it is it the one to come back to."""
+        if isinstance(self.link, AnyOf):
+            yield from self.link.sent.after(welcome.step)
+        self._enter(welcome)
 
     @property
     def link_name(self) -> str:
@@ -351,7 +354,7 @@ class Client:
         """End the run at the remote parties, and the connection. Safe to call twice."""
         if self._closed:
             return
-        if isinstance(self.link, GrpcLink):
+        if isinstance(self.link, GrpcLink | AnyOf):
             self.link.patience = 1.0
         try:
             self.span.close()

@@ -80,7 +80,7 @@ class Connection:
 
     def __init__(self, host: Host, owner: Identity) -> None:
         self._host, self._owner = host, owner.name
-        self._edge = owner.role == "edge" or owner.name == ANONYMOUS
+        self._edge, self._anonymous = owner.role == "edge", owner.name == ANONYMOUS
         self._run: Run | None = None
         self._schema: Schema | None = None
         self._name = ""
@@ -161,7 +161,7 @@ class Connection:
         given up on that line, greets on the next. So connections are numbered as they come, and an older one does not
         begin a run anew that a later one has opened.
         """
-        if hello.before and not self._edge:
+        if hello.before and not (self._edge or self._anonymous):
             raise HandshakeRefused("only an edge has parties before it; connect as the client that you are")
         run = self._open(hello)
         entered = False
@@ -204,7 +204,8 @@ class Connection:
         )  # fmt: skip
 
     def _open(self, hello: Hello) -> Run:
-        return self._host.open_run(self._owner, hello, self._number, edge=self._edge)
+        edge = self._edge or (self._anonymous and bool(hello.before))  # in plain text nobody says who it is
+        return self._host.open_run(self._owner, hello, self._number, edge=edge)
 
     def _move_in(self, run: Run, further: Welcome) -> None:
         """Go on with the state of the edge whose place this one takes, as the last party keeps it."""

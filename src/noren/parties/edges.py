@@ -11,11 +11,12 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import msgspec
 
-from noren.errors import LinkError, PeerError, ProtocolError
+from noren.errors import LinkError, NorenError, PeerError, ProtocolError, Unreachable
 from noren.types import Backward, Condition, Forward, Message, Status, Update
 from noren.wire.grpc_link import GrpcLink
 from noren.wire.inflight import Waiting, at_once
@@ -28,7 +29,7 @@ class Edges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Which one of several addresses of the first remote party to use (`[edges]` in a run document)."""
 
     assign: Literal["first", "round-robin", "least-loaded"] = "least-loaded"  # "first": as [links] lists them
-    switch_seconds: float = 10.0  # one that does not answer for so long is left for another
+    switch_seconds: float = 10.0  # one that cannot be reached for so long is left for another
 
     def __post_init__(self) -> None:
         if not 0.05 <= self.switch_seconds <= 86_400:
@@ -53,7 +54,7 @@ class AnyOf:
         name: str,
         patience: float,
     ) -> None:
-        self._line, self._edges, self.patience = line, edges, patience
+        self._line, self._edges, self._patience = line, edges, patience
         self._ask = ask
         self.traffic, self.moves, self.sent = Traffic(), 0, Sent()
         self._waiting: Waiting = at_once
@@ -85,22 +86,32 @@ class AnyOf:
         started, given_up = time.monotonic(), self._given_up
         while True:
             link = self._link
+            link.patience = min(self._edges.switch_seconds, self._patience)
             try:
                 answer = link(message)
-            except LinkError as error:
-                if self._given_up != given_up or time.monotonic() - started > self.patience:
+            except (LinkError, Unreachable) as error:
+                if self._given_up != given_up or time.monotonic() - started > self._patience:
                     raise
                 self._move(link, error)
             else:
                 self.sent.note(message)
                 return answer
 
+    @property
+    def patience(self) -> float:
+        """Seconds after which none of them is tried any more."""
+        return self._patience
+
+    @patience.setter
+    def patience(self, seconds: float) -> None:
+        self._patience = seconds
+
     def give_up(self) -> None:
         """Let nobody wait any more for what is under way."""
         self._given_up += 1
         self._link.give_up()
 
-    def _move(self, failed: GrpcLink, error: LinkError) -> None:
+    def _move(self, failed: GrpcLink, error: NorenError) -> None:
         """Go on at the next address, unless another caller has moved already."""
         with self._moving:
             if self._link is not failed:
@@ -120,7 +131,8 @@ class AnyOf:
 
     def _ranked(self, addresses: list[str], name: str) -> list[str]:
         """The addresses in the order in which they are to be tried: stand-ins, then the silent ones, come last."""
-        conditions = {address: self._condition(address) for address in addresses}
+        with ThreadPoolExecutor(len(addresses)) as pool:
+            conditions = dict(zip(addresses, pool.map(self._condition, addresses), strict=True))
         there = {address: condition for address, condition in conditions.items() if condition is not None}
         spare = [address for address, condition in there.items() if condition.spare]
         last = spare + [address for address in addresses if address not in there]

@@ -96,11 +96,13 @@ class Group:
         with self._change:
             self.runs[member] = run
 
-    def part(self, member: str) -> None:
+    def part(self, member: str, run: Run) -> None:
         """A client's run has ended."""
-        self.leave(member)
         with self._change:
-            self.runs.pop(member, None)
+            if self.runs.get(member) is not run:  # it was taken over meanwhile
+                return
+            del self.runs[member]
+        self.leave(member)
 
     def enter(self, member: str) -> None:
         """Let a client take part. Raises Overloaded until it may."""
@@ -273,6 +275,10 @@ class Groups:
         self._make, self._compute, self._journal, self._mode = make, compute, journal, mode
         self._groups: dict[str, tuple[Group, int]] = {}  # with how many are in it
         self._lock = threading.Lock()
+
+    def shares(self, terms: Terms) -> bool:
+        """Whether runs of some terms train one adapter here."""
+        return self._mode(terms.together) in SHARED
 
     def enter(self, terms: Terms) -> Group:
         """Return the group that some terms name, with one more in it. Raises HandshakeRefused if it has others."""

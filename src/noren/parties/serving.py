@@ -66,6 +66,11 @@ class Serving:
         self._stack.callback(server.close)
         return server
 
+    def _spare_at_work(self, stage: Stage) -> SpanServer:
+        """A stand-in: without a journal, since this party's own has what an edge must not lose."""
+        run, own = self._document.run, self._part.party
+        return SpanServer(stage, lora=run.adapter, limits=run.serve, following=beside(self.server, f"stand-in-{own}"))
+
     def listen(self, address: str) -> int:
         """Let clients in at "host:port"; returns the port."""
         return self._listen(address, self.server)
@@ -96,13 +101,14 @@ class Serving:
 
         def load() -> SpanServer:
             stage = self._stage(open_slice(self._document.model, run.plan, party, run.task))
-            return self._at_work(stage, beside(self.server, f"stand-in-{own}"))
+            return self._spare_at_work(stage)
 
         def condition() -> Condition:
             layers = [f"{span.start}:{span.end}" for span in plan.remote if span.party == party]
             return msgspec.structs.replace(self.server.condition(), party=party, layers=layers)
 
         self._spare = StandIn(load, condition)
+        self._stack.callback(self._spare.close)  # after its door, which is opened now
         return self._listen(address, self._spare)
 
     def drain(self, hurry: Callable[[], bool]) -> None:

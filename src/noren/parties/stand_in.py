@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from noren.errors import ProtocolError
+from noren.errors import Overloaded, ProtocolError
 from noren.parties.runs import Following, Greet, Greeted
 from noren.parties.server import SpanServer
 from noren.types import Condition, Handler, Hello, Message, Status
@@ -25,6 +25,7 @@ class StandIn:
     def __init__(self, make: Callable[[], SpanServer], condition: Callable[[], Condition]) -> None:
         self._make, self._condition = make, condition
         self._server: SpanServer | None = None
+        self._draining = False
         self._lock = threading.Lock()
 
     def connect(self, owner: Identity) -> Waiting:
@@ -32,8 +33,10 @@ class StandIn:
         return Waiting(self, owner)
 
     def loaded(self) -> SpanServer:
-        """Return the server, loaded now if it is not yet."""
+        """Return the server, loaded now if it is not yet. Raises Overloaded if it is about to stop."""
         with self._lock:
+            if self._draining:
+                raise Overloaded("this party is about to stop; it takes no new connections", 2.0)
             self._server = self._server or self._make()
             return self._server
 
@@ -50,8 +53,10 @@ class StandIn:
 
     def drain(self) -> None:
         """Take no new runs."""
-        if self._server is not None:
-            self._server.draining = True
+        with self._lock:
+            self._draining = True
+            if self._server is not None:
+                self._server.draining = True
 
     def close(self) -> None:
         """End the server, if there is one."""

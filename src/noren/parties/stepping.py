@@ -16,7 +16,7 @@ from torch import Tensor
 from noren.errors import OverBudget, PeerError, ProtocolError, SessionLost, TooLate
 from noren.parties.groups import Group
 from noren.parties.kept import as_kept, split_kept
-from noren.parties.ledger import keep_all
+from noren.parties.ledger import keep_all, session_of
 from noren.parties.runs import Run
 from noren.partition.stage import Frame, Stage
 from noren.training.batches import IGNORED
@@ -105,7 +105,7 @@ class Stepping:
                 kept = self.kept_beyond(run, message, meta.update)
                 labels = {name: tensor for name, tensor in message.tensors.items() if name == "labels"}
                 onward = trainer.kept(meta.session).onward = Message(meta, {"hidden": out} | labels | kept)
-                answer = run.following(onward)
+                answer = known if known is not None else run.following(onward)
             else:
                 answer = Message(Hidden(per_sequence=self._host.passes.per_sequence), {"hidden": out})
         except Exception:
@@ -118,8 +118,9 @@ class Stepping:
 
     def kept_beyond(self, run: Run, message: Message, update: Update | None) -> dict[str, Tensor]:
         """What goes with a step to the next party, for whoever takes this one's place (or one's before it)."""
-        kept = as_kept(split_kept(message)[0])
-        if update is not None and run.replaceable:
+        kept, meta = as_kept(split_kept(message)[0]), message.meta
+        later = isinstance(meta, Forward) and meta.train and session_of(meta.session)[1] > 0  # it went with the first
+        if update is not None and run.replaceable and not later:
             kept |= as_kept(self._host.compute(lambda: run.trainer.state(optimizer=True)))
         return kept
 
@@ -276,10 +277,11 @@ class Stepping:
         if run.group is not None:
             run.group.must_hold(run.member)
         before = marks(run)
-        self._host.compute(lambda: self.update(run, update), self._owner)
-        self.keep(run, before, message)
         if run.group is not None and run.group.mode == "client-batch":
-            self._next_round(run.group, run, None)
+            self._next_round(run.group, run, update)
+        else:
+            self._host.compute(lambda: self.update(run, update), self._owner)
+        self.keep(run, before, message)
         if run.following is not None:
             run.following(Message(Step(update=update), self.kept_beyond(run, message, update)))
         return Message(Done(step=update.step))

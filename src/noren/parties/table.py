@@ -98,12 +98,13 @@ class Table:
         """Return a run that is not in memory, with one connection: from the journal, or new."""
         host, label = self._host, label_of(owner, hello.run)
         ledger = Ledger(self._journal, label, host.limits.journal_bytes_each)
-        saved = ledger.saved()
+        saved, given_up = ledger.saved(), ""
         if saved is not None and not continues(hello, saved.begun):
             ledger.forget()
+            given_up = saved.begun.member
             saved = None
-        begun = saved.begun if saved is not None else self._begin(label, hello)
         group = host.groups.enter(hello.terms) if hello.terms.together.mode != "alone" else None
+        begun = saved.begun if saved is not None else self._begin(label, hello, group)
         try:
             trainer = host.trainer_of(begun.member, hello.terms, group)
         except BaseException:
@@ -123,8 +124,8 @@ class Table:
             moving=saved is None and bool(begun.next_incarnation),
         )  # fmt: skip
         if group is not None:
-            if saved is None:  # nor does it take part still, as one of its name did that was given up
-                group.leave(run.member)
+            if given_up:  # nor does it take part still
+                group.leave(given_up)
             group.join(run.member, run)
         if host.following is not None:
             run.following = host.following(
@@ -132,44 +133,54 @@ class Table:
             )
         return run
 
-    def _begin(self, label: str, hello: Hello) -> Begun:
+    def _begin(self, label: str, hello: Hello, group: Group | None) -> Begun:
         """How a new run begins. One that another edge had goes on with what the parties beyond hold of it."""
+        incarnation = uuid.uuid4().hex
+        if group is not None and label in group.runs:  # one that was begun under this name goes on under another
+            label = f"{label}#{incarnation[:8]}"
         beyond = hello.resume[TOKEN:] if hello.moved and self._host.following is not None else ""
-        return Begun(hello=hello, incarnation=uuid.uuid4().hex, next_incarnation=beyond, member=label)
+        return Begun(hello=hello, incarnation=incarnation, next_incarnation=beyond, member=label)
 
     def _take_over(self, key: Key, hello: Hello) -> None:
         """Give an edge the run that another had before it, if it has that run's token; begin the step at hand again.
 
         What the former edge asked for is finished first, and what it asks from now on is refused.
         """
-        former = self._former(hello)
-        if former is None:
-            return
-        with ExitStack() as held:
-            for one in sorted({former, key}):
-                held.enter_context(self._opening(one))
-            run = self.runs.get(former)
-            if run is None:
-                if self._journal is not None and former != key:
-                    self._journal.rename(label_of(*former), label_of(*key))
-                ledger = Ledger(self._journal, label_of(*key))
-                keep_all([(ledger, ledger.again())])
+        while (former := self._former(hello)) is not None:
+            with ExitStack() as held:
+                run = self.runs.get(former)
+                if run is not None:  # before the keys, as a request holds it that ends its run
+                    held.enter_context(run.lock)
+                for one in sorted({former, key}):
+                    held.enter_context(self._opening(one))
+                if self.runs.get(former) is not run:
+                    continue
+                if run is not None:
+                    self._move(run, former, key)
+                elif self._journal is not None:
+                    ledger = Ledger(self._journal, label_of(*former))
+                    if not self._host.groups.shares(hello.terms):
+                        keep_all([(ledger, ledger.again())])
+                    if former != key:
+                        ledger.rename(label_of(*key))
                 return
-            with run.lock:
-                if former != key:
-                    self._drop(key, forget=True)
-                    run.ledger.rename(label_of(*key))
-                self._host.compute(partial(self._host.sessions.end, *former))
-                if run.group is None or run.group.body is None:
-                    keep_all([(run.ledger, run.ledger.again())])
-                    self._host.compute(run.trainer.forget)
-                run.closed = True
-                fresh = dataclasses.replace(run, closed=False, connections=0, left=self._clock(), lock=threading.Lock())
-                with self._lock:
-                    del self.runs[former]
-                    self.runs[key] = fresh
-                if run.group is not None:
-                    run.group.join(run.member, fresh)
+
+    def _move(self, run: Run, former: Key, key: Key) -> None:
+        """Hold a run under another owner's name, and begin its unfinished step again."""
+        if run.group is None or run.group.body is None:  # what counts in a shared adapter counts for good
+            keep_all([(run.ledger, run.ledger.again())])
+            self._host.compute(run.trainer.forget)
+        self._host.compute(partial(self._host.sessions.end, *former))
+        if former != key:
+            self._drop(key, forget=True)
+            run.ledger.rename(label_of(*key))
+        run.closed = True
+        fresh = dataclasses.replace(run, closed=False, connections=0, left=self._clock(), lock=threading.Lock())
+        with self._lock:
+            del self.runs[former]
+            self.runs[key] = fresh
+        if run.group is not None:
+            run.group.join(run.member, fresh)
 
     def _former(self, hello: Hello) -> Key | None:
         """Under which owner the run of a token is held here."""
@@ -205,7 +216,7 @@ class Table:
         self._host.compute(partial(self._host.sessions.end, *key))
         run.ledger.end(forget=forget)
         if run.group is not None:
-            run.group.part(run.member)
+            run.group.part(run.member, run)
             self._host.groups.leave(run.group, forget=forget)
         if isinstance(run.following, Onward):
             run.following.close()
