@@ -266,7 +266,7 @@ def test_a_let_go_run_holds_no_samples(local_parties: Parties, llama_folder: Pat
     def away(progress: Any) -> None:
         if progress.step == 3:
             assert held.deltas is not None
-            server._let_go(("client", "run"), held)
+            server.table._let_go(("client", "run"), held)
             assert held.deltas is None
 
     trainer._report = away

@@ -21,6 +21,7 @@ from noren.types import Condition, Message, Status
 from noren.wire import grpc_link
 from noren.wire.grpc_link import GrpcLink
 from noren.wire.identity import Insecure
+from noren.wire.inflight import InFlight
 from noren.wire.observe import check_health
 from zygote import Child, Zygote
 
@@ -75,7 +76,7 @@ def test_a_party_drains_before_it_stops(start: Start, tmp_path: Path, monkeypatc
     assert told(address).draining
     assert torch.equal(client.model(ids).logits, before), "who is here is served"
     waits: list[float] = []
-    monkeypatch.setattr(grpc_link.time, "sleep", waits.append)
+    monkeypatch.setattr(InFlight, "pause", lambda flight, request, seconds: waits.append(seconds))
     monkeypatch.setattr(grpc_link, "stop_after_delay", lambda seconds: lambda state: True)
     with pytest.raises(Overloaded, match="is about to stop; it takes no new connections") as refused:
         Client(Document.of(values(address, name="new"), tmp_path), insecure=True)

@@ -119,7 +119,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_T2_mutants_are_caught(name: str, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("noren.parties.server.Ledger", MUTANTS[name])
+    monkeypatch.setattr("noren.parties.table.Ledger", MUTANTS[name])
     started = time.process_time()
     with pytest.raises(Violation) as caught:
         explore(stage, 3, 200, 25)

@@ -302,8 +302,12 @@ def test_ctrl_c_while_all_wait(stage: Stage, keys: Path, document: Callable[...,
     tampered = Tampered(server, 1, stand_still)
     with GrpcServer("127.0.0.1:0", credentials(keys, "server"), tampered.connect) as listening:
         client = Client(document(f"127.0.0.1:{listening.port}"))
-        with pytest.raises(KeyboardInterrupt):
-            trainer(client).step([rows()])
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever tests before this one have left
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                trainer(client).step([rows()])
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert not part_threads()
         free.set()
         client.close()
