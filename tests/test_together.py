@@ -293,11 +293,11 @@ def test_one_that_leaves_and_comes_back(llama_folder: Path) -> None:
 
         def leaves() -> int:
             trainer = trainers[0]
-            trainer._remote.enter()
+            trainer._remote.enter(threading.Event())
             trainer.step([data[0][:3]])
             trainer._remote.leave()
             assert again.wait(60)
-            trainer._remote.enter()
+            trainer._remote.enter(threading.Event())
             trainer.step([data[0][:3]])
             trainer._remote.flush()
             trainer._remote.leave()
@@ -622,7 +622,7 @@ class Restarted:
             trainer._report = report
         with ThreadPoolExecutor(2) as pool:
             if mode == "sequential":  # in a known order
-                trainers[0]._remote.enter()
+                trainers[0]._remote.enter(threading.Event())
             ended = [pool.submit(trainer.run) for trainer in trainers]
             for number in range(restarts):
                 with made:
@@ -643,3 +643,13 @@ def test_a_server_that_is_restarted(llama_folder: Path, tmp_path: Path, keys: Pa
     undisturbed = Restarted(llama_folder, keys, tmp_path / "0").train(mode, 0)
     for one, two in zip(undisturbed, Restarted(llama_folder, keys, tmp_path / "2").train(mode, 2), strict=True):
         assert differ(one, two) <= 1e-5
+
+
+def test_who_waits_for_a_group_says_so_and_can_be_stopped(llama_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whom it waits for is said once; the first Ctrl-C ends the wait, and nothing was trained."""
+    with site(llama_folder, "server-hierarchical", 2) as at:
+        trainer = at.trainer(at.client("c0"), datasets()[0], settings(4))
+        threading.Timer(0.5, trainer._stop.set).start()
+        outcome = trainer.run()
+        assert outcome.interrupted and outcome.step == 0 and at.server.steps == 0
+        assert caplog.text.count(": 1 of the 2 clients of group 'all' are here") == 1

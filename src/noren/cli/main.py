@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from noren import __version__
-from noren.errors import ConfigError, LinkError, ModelError, NorenError, PeerError
+from noren.errors import ConfigError, LinkError, ModelError, NorenError, PeerError, Unreachable
 
 COMMANDS = ("plan", "check", "slice", "serve", "status", "train", "generate", "chat", "demo")
 """Each is the function of that name in the module of that name, in this package."""
@@ -29,6 +29,7 @@ EXIT_CODES: tuple[tuple[type[NorenError], int], ...] = (
     (ConfigError, 2),
     (ModelError, 3),
     (LinkError, 4),
+    (Unreachable, 4),
     (PeerError, 5),
 )
 

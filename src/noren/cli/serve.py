@@ -17,7 +17,7 @@ from noren.cli.show import AsJson, Insecurely, RunFile, count_of, say
 def serve(
     run: RunFile,
     party: Annotated[str, typer.Option(help="Which party of the plan to be.")],
-    listen: Annotated[str, typer.Option(help="host:port (port 0: any); default: the party's address in [links].")] = "",
+    listen: Annotated[str, typer.Option(help="host:port (port 0: any); default: the party's address in `links`.")] = "",
     device: Annotated[str, typer.Option(help='Where to compute; default: "device" of the run document.')] = "",
     metrics: Annotated[
         str, typer.Option(help='Show Prometheus metrics at "host:port" (":port": this machine only).')
@@ -26,7 +26,7 @@ def serve(
         str,
         typer.Option(
             help='"PARTY=host:port": also serve the layers of the party before this one, loaded when they are first '
-            "needed; list that address last in the party's [links]."
+            "needed; list that address last in the party's `links`."
         ),
     ] = "",
     log_json: Annotated[bool, typer.Option("--log-json", help="Write logs as JSON, one object a line.")] = False,
@@ -35,7 +35,7 @@ def serve(
 ) -> None:
     """Serve one party's layers. Prints one line when it is ready; Ctrl-C or SIGTERM ends it, a second one at once.
 
-    It then takes no new runs, and serves those who are connected for `drain_seconds` of [serve].
+    It then takes no new runs, and serves those who are connected for `serve.drain_seconds`.
     """
     from noren.config import Document
     from noren.errors import ConfigError, PlanError
@@ -81,7 +81,8 @@ def serve(
             ready |= {"stand_in_port": spare} if spare else {}
             print(json.dumps(ready | {"layers": part.plan.kept(party), "parameters": count}), flush=True)
         else:
-            print(f"ready: {party} on {at} (layers {layers}, {count_of(count)} parameters)", flush=True)
+            also = f", stands in for {stand_in.partition('=')[0]} on port {spare}" if spare else ""
+            print(f"ready: {party} on {at} (layers {layers}, {count_of(count)} parameters){also}", flush=True)
         while not signals:  # no lock: a signal that comes while one is held would wait for it without end
             time.sleep(0.1)
         serving.drain(hurry=lambda: len(signals) > 1)

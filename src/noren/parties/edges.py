@@ -22,6 +22,8 @@ from noren.wire.grpc_link import GrpcLink
 from noren.wire.inflight import Waiting, at_once
 from noren.wire.traffic import Traffic
 
+FIRST = 8.0
+"""Seconds for which all addresses are tried at first; what has once worked is tried again for longer."""
 log = logging.getLogger("noren.client")
 
 
@@ -41,7 +43,7 @@ class AnyOf:
 
     `name` tells clients apart. `sent` is what must be sent again to another party.
 
-    Raises LinkError once none of them could be reached for `patience` seconds.
+    Raises LinkError once none of them could be reached for `patience` seconds (at first `FIRST`).
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class AnyOf:
         self._waiting: Waiting = at_once
         self._left: list[GrpcLink] = []
         self._given_up = 0  # how often
+        self._reached = False
         self._moving = threading.Lock()
         self._addresses = addresses if edges.assign == "first" else self._ranked(addresses, name)
         self._link = self._open()
@@ -90,12 +93,20 @@ class AnyOf:
             try:
                 answer = link(message)
             except (LinkError, Unreachable) as error:
-                if self._given_up != given_up or time.monotonic() - started > self._patience:
+                seconds, patience = time.monotonic() - started, self._patience if self._reached else FIRST
+                if self._given_up != given_up:
                     raise
+                if seconds > patience and self.moves >= len(self._addresses) - 1:
+                    raise self._hopeless(seconds, error) from None
                 self._move(link, error)
             else:
+                self._reached = True
                 self.sent.note(message)
                 return answer
+
+    def _hopeless(self, seconds: float, error: NorenError) -> LinkError:
+        all_of_them = ", ".join(sorted(self._addresses))
+        return LinkError(f"none of {all_of_them} answered for {seconds:.0f} s; of the last one: {error}")
 
     @property
     def patience(self) -> float:
@@ -120,7 +131,8 @@ class AnyOf:
             self._left.append(failed)
             self._addresses.append(self._addresses.pop(0))
             self.moves += 1
-            log.warning("%s; going on at %s", error, self.address)
+            often = self.moves > 2 * len(self._addresses)  # nobody is there: said often enough
+            log.log(logging.INFO if often else logging.WARNING, "%s; going on at %s", error, self.address)
             self._link = self._open()
 
     def _open(self) -> GrpcLink:

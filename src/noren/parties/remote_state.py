@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -128,15 +128,18 @@ class RemoteState(Remote):
     def _together(self) -> Together:
         return self._client.document.run.together
 
-    def enter(self) -> None:
-        """Take part in the group's training: waits until it is this client's turn."""
-        while self._together.mode != "alone":
+    def enter(self, stop: threading.Event) -> None:
+        """Take part in the group's training: waits until it is this client's turn, or `stop`."""
+        said = ""
+        while self._together.mode != "alone" and not stop.is_set():
             try:
                 self._client.link(Message(Enter()))
                 return
             except Overloaded as error:
-                log.info("waiting for the group: %s", error)
-                time.sleep(error.retry_after)
+                if str(error) != said:
+                    log.warning("waiting: %s", error)
+                said = str(error)
+                stop.wait(error.retry_after)
 
     def leave(self) -> None:
         """Take no part any more."""

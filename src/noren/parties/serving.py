@@ -5,6 +5,7 @@ It may stand in for the party before it, too: the last one of a chain can take t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Self
@@ -77,6 +78,8 @@ class Serving:
 
     def _listen(self, address: str, at: SpanServer | StandIn) -> int:
         run = self._document.run
+        if not re.fullmatch(r"[^\s/]+:\d{1,5}", address):
+            raise ConfigError(f"{address!r} is not host:port, e.g. 127.0.0.1:7001")
         door = self._stack.enter_context(
             GrpcServer(
                 address, self._credentials, at.connect, doors=run.doors, tick=at.expire,

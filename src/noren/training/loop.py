@@ -121,8 +121,8 @@ class Remote:
     def give_up(self) -> None:
         """Let nobody wait any more for an answer that is under way."""
 
-    def enter(self) -> None:
-        """Take part in the training of a group, once it is this client's turn."""
+    def enter(self, stop: threading.Event) -> None:
+        """Take part in the training of a group, once it is this client's turn; or not, if `stop` is set before."""
 
     def leave(self) -> None:
         """Take no part any more."""
@@ -205,9 +205,12 @@ class Trainer:
             self._saved.note()
         with _interrupts(self._stop):
             if self.outcome.step < self.steps:  # else nobody need be waited for
-                self._remote.enter()
-            self._between_steps()  # if the run was ended just before that
-            for numbers in self._plan():
+                self._remote.enter(self._stop)
+            if stopped := self._stop.is_set():  # before its turn came
+                self.outcome.interrupted = self.outcome.step < self.steps
+            else:
+                self._between_steps()  # if the run was ended just before that
+            for numbers in () if stopped else self._plan():
                 started = time.perf_counter()
                 loss, norm, tokens = self._made([[self.rows[i] for i in batch] for batch in numbers], numbers)
                 done = self.outcome

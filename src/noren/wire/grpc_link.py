@@ -19,7 +19,7 @@ import grpc
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from noren.errors import LinkError, Overloaded, ProtocolError, from_wire
-from noren.types import Backward, Failure, Hello, Message, Welcome
+from noren.types import Backward, Enter, Failure, Hello, Message, Welcome
 from noren.wire.envelope import Expect, Header, Incoming, Packed, pack
 from noren.wire.identity import Credentials, Insecure
 from noren.wire.inflight import InFlight, Request, Waiting, at_once
@@ -99,6 +99,8 @@ class GrpcLink:
                 try:
                     return self._try(request)
                 except (_Broken, Overloaded) as error:
+                    if isinstance(error, Overloaded) and isinstance(message.meta, Enter):
+                        raise  # its turn has not come: whoever asks says so, and asks again
                     return self._try_again(request, error)
             finally:
                 self._under_way.ended(request)

@@ -321,7 +321,8 @@ class GrpcServer:
             self.observed.refused(reason)
             who = {"owner": owner.name, "role": owner.role, "kind": message.kind, "reason": reason}
             if isinstance(error, NorenError):
-                log.warning("refused: %s", error, extra=who)
+                level = logging.INFO if isinstance(error, Overloaded) else logging.WARNING  # it will be asked again
+                log.log(level, "refused: %s", error, extra=who)
             else:
                 log.exception("could not answer", extra=who)
             return failure(error)
