@@ -481,6 +481,32 @@ def test_the_cloud_stands_in_for_the_last_edge(llama_folder: Path, keys: Path, u
             spare.connect(identity("u9"))(Message(Pull()))
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["base model", "adapter"])
+def test_generation_goes_on_at_another_edge(llama_folder: Path, keys: Path, trained: bool) -> None:
+    """The new edge has no session: it is filled again from what was sent."""
+    with tiers(llama_folder, keys) as at:
+        user = at.user(0, first=0, **({} if trained else {"adapter": None}))
+        if trained:
+            train([user], datasets()[:1])
+        user.model.eval()
+        ids, asked = torch.arange(3, 12).view(1, -1), list[int]()
+        room: Any = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+        expected = user.model.generate(ids, **room)
+
+        def spoil(edge: int, message: Message) -> None:
+            asked.append(edge)
+            if edge == 0 and len(asked) == 4:
+                at.kill(0)
+                raise LinkError("killed")
+
+        at.spoil = spoil
+        found = user.model.generate(ids, **room)
+        assert asked[0] == 0 and asked[-1] == 1 and user.link.moves == 1  # type: ignore[union-attr]
+        assert torch.equal(found.sequences, expected.sequences)
+        apart = [float((a - b).abs().max()) for a, b in zip(found.scores, expected.scores, strict=True)]
+        assert max(apart) <= 1e-5, "what is sent again is computed at once, and not token by token"
+
+
 @pytest.mark.parametrize("assign", ["least-loaded", "round-robin", "first"])
 def test_users_choose_an_edge(llama_folder: Path, keys: Path, assign: str) -> None:
     """By how many runs each has; one that does not answer is chosen last, or given up when it is the first."""

@@ -210,9 +210,10 @@ class Connection:
     def _move_in(self, run: Run, further: Welcome) -> None:
         """Go on with the state of the edge whose place this one takes, as the last party keeps it."""
         assert run.following is not None
-        state, own = run.following(Message(Pull(kept=True))), run.trainer.shapes()
-        kept = {name.removeprefix(KEPT): tensor for name, tensor in state.tensors.items()}
-        mine = {name: tensor for name, tensor in kept.items() if _base_name(name) in own}
+        own, mine = run.trainer.shapes(), dict[str, Tensor]()
+        if own:
+            kept = {name.removeprefix(KEPT): t for name, t in run.following(Message(Pull(kept=True))).tensors.items()}
+            mine = {name: tensor for name, tensor in kept.items() if _base_name(name) in own}
         if further.step and own.keys() - mine.keys():
             raise SessionLost(f"what {self._host.stage.party!r} had learned is kept nowhere; go back to a checkpoint")
         if further.step:

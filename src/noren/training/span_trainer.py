@@ -194,6 +194,7 @@ class SpanTrainer:
         """Set all that `state` and `gradients` gave after `step`; without a state, the initial values stay."""
         if state:
             self.load(state, step)
+        self.step = step
         self.load_gradients(gradients)
 
     def _check_moments(self) -> None:
