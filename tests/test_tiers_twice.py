@@ -315,3 +315,23 @@ def test_several_edges_are_for_three_tiers(llama_folder: Path) -> None:
         Document.of(values, Path.cwd())
     with pytest.raises(ConfigError, match="builds on what one party holds"):
         Document.of(values | {"plan": PLAN, "wire": {"activations": "delta"}}, Path.cwd())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("edge", "is not PARTY=host:port"),
+        ("edge=127.0.0.1", "'127.0.0.1' is not host:port"),
+        ("cloud=127.0.0.1:0", "does not come right before 'cloud'"),
+        ("other=127.0.0.1:0", "does not come right before 'cloud'"),
+    ],
+)
+def test_a_stand_in_is_said_in_one_way(llama_folder: Path, keys: Path, tmp_path: Path, text: str, words: str) -> None:
+    ensure(keys, "cloud", "server")
+    made = document(llama_folder, keys, tmp_path, serve={"journal": ""})
+    part = open_slice(made.model, made.run.plan, "cloud", made.run.task)
+    with (
+        Serving(made, part, torch.device("cpu"), insecure=False) as serving,
+        pytest.raises(ConfigError, match=words),
+    ):
+        serving.stand_in(text)
