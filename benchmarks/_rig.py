@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ import torch
 import transformers
 
 from noren.config import Document
+from noren.errors import Overloaded
+from noren.types import Enter, Handler, Message
 from noren.wire.identity import ensure
 
 transformers.utils.logging.disable_progress_bar()
@@ -118,6 +121,16 @@ def alternate(
 def median_ratio(a: list[float], b: list[float]) -> float:
     """Median over pairs of a / b."""
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def enter(link: Handler) -> None:
+    """Take part in a group, once its turn has come."""
+    while True:
+        try:
+            link(Message(Enter()))
+            return
+        except Overloaded as error:
+            time.sleep(error.retry_after)
 
 
 def scratch() -> tempfile.TemporaryDirectory[str]:

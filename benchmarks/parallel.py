@@ -32,7 +32,7 @@ from noren.parties.client import Client
 from noren.parties.lines import credentials_for as _credentials
 from noren.training.batches import Row
 from noren.training.loop import Trainer, Training
-from noren.types import Backward, Close, Enter, Forward, Hello, Leave, Message, Optimizer, Status, Update
+from noren.types import Backward, Close, Forward, Hello, Leave, Message, Optimizer, Status, Update
 from noren.wire.grpc_link import GrpcLink
 from noren.wire.identity import ensure
 
@@ -101,7 +101,7 @@ class Generator:
 
     def take_part(self, count: int) -> None:
         """Make some steps with the group."""
-        self.link(Message(Enter()))
+        rig.enter(self.link)
         self.steps(count)
         self.link(Message(Leave()))
 
@@ -162,7 +162,7 @@ def measure(folder: Path, model: Path, mode: str, clients: int, steps: int, own:
             if mode == "sequential":
                 one.take_part(steps)
                 return
-            one.link(Message(Enter()))
+            rig.enter(one.link)
             one.steps(1)  # the first step of all is not counted
             begun.wait()
             started = time.perf_counter()

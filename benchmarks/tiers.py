@@ -48,7 +48,6 @@ from noren.types import (
     Average,
     Backward,
     Close,
-    Enter,
     Forward,
     Hello,
     Message,
@@ -137,7 +136,7 @@ def user(path: str) -> None:
         return answer
 
     client.span.handler = timed
-    client.link(Message(Enter()))
+    rig.enter(client.link)
     step = statistics.median(trained(client.model, client.remote(), 5))
     beyond = statistics.median(sum(elsewhere[i : i + 2]) for i in range(2, len(elsewhere), 2))
     client.close()
@@ -229,7 +228,7 @@ def a_round(users: list[User], steps: int, pid: int) -> dict[str, Any]:
     """Seconds of a round after one that is not counted, and the peak memory of a process."""
 
     def work(one: User) -> float:
-        one.link(Message(Enter()))
+        rig.enter(one.link)
         one.steps(1)
         one.average()
         started = time.perf_counter()

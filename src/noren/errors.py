@@ -120,7 +120,7 @@ def to_wire(error: BaseException) -> tuple[str, str]:
         if type(error) is cls:
             return code, str(error)
     if isinstance(error, LinkError):
-        return "unreachable", "it cannot reach the party that comes after it; which and where is in its own log"
+        return "unreachable", "the party that comes after it cannot be reached; which and where is in its own log"
     return "refused", f"internal error ({type(error).__name__}); the peer's log has the details"
 
 
