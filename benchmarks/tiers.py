@@ -5,7 +5,7 @@
 The model is a random-weight Llama of 160M in bf16 with LoRA on q and v; every user trains with batches of 8 x 128
 tokens, all users at the same time, and a round is some steps and an average. Compared are
 
-    tiers      user 0:2, edge 2:4, cloud 4:10, user 10:12; two edges; one frozen base at each party, an adapter a user
+    tiers      user 0:2, edge 2:7, cloud 7:10, user 10:12; two edges; one frozen base at each party, an adapter a user
     replicas   user 0:2, server 2:10, user 10:12; a copy of the server's base for each user (two-tier split learning)
     federated  the whole model on each user
 
@@ -63,9 +63,9 @@ from noren.wire.identity import ensure
 BATCH, LENGTH, WIDTH, THREADS, EDGES = 8, 128, 768, 2, 2
 TOKENS = BATCH * LENGTH
 LINK = 0.020 + TOKENS * WIDTH * 2 * 8 / 1e9 * 2  # seconds of a message and its answer
-TIERS = ["client :2", "edge 2:4", "cloud 4:10", "client 10:"]
+TIERS = ["client :2", "edge 2:7", "cloud 7:10", "client 10:"]
 TWO = ["client :2", "server 2:10", "client 10:"]
-GRAPH_BYTES = 256 << 20
+GRAPH_BYTES = 64 << 20
 """The cloud's budget of activations."""
 SPLITLLM = 0.74
 """SplitLLM's headline: less memory at the peak (arXiv 2501.13318)."""
@@ -292,7 +292,7 @@ def main() -> None:
         for n in range(users):
             run = document(folder, TIERS, users, {"cloud": port}, f"edge{n % EDGES}")
             hello = hello_for(run, "cloud", f"user{n}/run", shapes, users)
-            crowd.append(User(run, "cloud", hello, own, (locks[n % EDGES], 2 * layer)))
+            crowd.append(User(run, "cloud", hello, own, (locks[n % EDGES], 5 * layer)))
         tiers = a_round(crowd, steps, pid)
         stack.close()
 
