@@ -123,6 +123,18 @@ def median_ratio(a: list[float], b: list[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
+def timed(handler: Handler, seconds: list[float]) -> Handler:
+    """Return a handler that notes how long each answer took."""
+
+    def ask(message: Message) -> Message:
+        started = time.perf_counter()
+        answer = handler(message)
+        seconds.append(time.perf_counter() - started)
+        return answer
+
+    return ask
+
+
 def enter(link: Handler) -> None:
     """Take part in a group, once its turn has come."""
     while True:

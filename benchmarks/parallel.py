@@ -127,15 +127,7 @@ def measure_client(folder: Path, model: Path) -> tuple[float, float]:
     with rig.server(folder, document(model, "alone", 1), THREADS) as run:
         client = Client(run)
         remote: list[float] = []
-        ask = client.span.handler
-
-        def timed(message: Message) -> Message:
-            started = time.perf_counter()
-            answer = ask(message)
-            remote.append(time.perf_counter() - started)
-            return answer
-
-        client.span.handler = timed
+        client.span.handler = rig.timed(client.span.handler, remote)
         trainer = Trainer(
             client.model, rows, [], Training(steps=100, batch_size=BATCH), pad_id=0, seed=0, remote=client.remote()
         )

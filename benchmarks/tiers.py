@@ -127,15 +127,7 @@ def user(path: str) -> None:
     """A real user in a process of its own: says what its steps took, of which elsewhere, and its peak memory."""
     client = Client(Document.read(Path(path)))
     elsewhere: list[float] = []
-    ask = client.span.handler
-
-    def timed(message: Message) -> Message:
-        started = time.perf_counter()
-        answer = ask(message)
-        elsewhere.append(time.perf_counter() - started)
-        return answer
-
-    client.span.handler = timed
+    client.span.handler = rig.timed(client.span.handler, elsewhere)
     rig.enter(client.link)
     step = statistics.median(trained(client.model, client.remote(), 5))
     beyond = statistics.median(sum(elsewhere[i : i + 2]) for i in range(2, len(elsewhere), 2))

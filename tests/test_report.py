@@ -12,7 +12,9 @@ import pytest
 
 from noren.report import words
 from noren.report.page import render, verdict, write_report
-from noren.report.result import ClientResult, Crossing, DemoResult, Part, Sample, Side
+from noren.report.result import ClientResult, Crossing, DemoResult, Part, Sample, Side, TiersResult
+from noren.report.tiers import verdict as verdict_of_tiers
+from noren.report.tiers import write_tiers
 
 STEPS = 60
 NASTY = '<script>alert("x")</script> & <img src=x>'
@@ -318,3 +320,39 @@ def test_words() -> None:
     assert [words.difference(n) for n in (0.0, 0.0123, 2.4e-7)] == ["0", "0.0123", "2.4 × 10⁻⁷"]  # noqa: RUF001
     assert words.ranges([7, 0, 1, 2]) == "0–2, 7"  # noqa: RUF001
     assert words.listed(["a", "b", "c"]) == "a, b and c"
+
+
+def tiers(**changes: Any) -> TiersResult:
+    """A run over tiers in which all went well, but for the changes."""
+    user: dict[str, Any] = {
+        "name": "<b>ann</b>", "edge": "edge-a", "later": "edge-b", "moved_at": 2, "losses": [2.0, 1.5, 1.0],
+        "undisturbed": [2.0, 1.5, 1.0], "held_out_before": 2.1, "held_out_after": 1.2, "steps": [1, 2, 3],
+        "adapter": "a",
+    } | changes.get("user", {})  # fmt: skip
+    values: dict[str, Any] = {
+        "title": "Tiers", "model": "embedded", "plan": ["client 0:2", "edge 2:4"], "every": 2, "killed": "edge-a",
+        "largest_loss_difference": 0.0, "largest_adapter_difference": 0.0, "users_agree": True,
+        "peak_bytes": {"cloud": 5_000_000}, "seconds": 3.0, "folder": "/f",
+    } | {name: value for name, value in changes.items() if name != "user"}  # fmt: skip
+    return msgspec.convert(values | {"users": [user]}, TiersResult)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, ""),
+        ({"user": {"steps": [1, 3]}}, "Steps are missing, or were made twice"),
+        ({"user": {"steps": [1, 2, 2, 3]}}, "Steps are missing, or were made twice"),
+        ({"largest_adapter_difference": 0.5}, "does not agree with the undisturbed one"),
+        ({"largest_adapter_difference": float("nan")}, "does not agree with the undisturbed one"),
+        ({"largest_loss_difference": float("nan")}, "does not agree with the undisturbed one"),
+        ({"users_agree": False}, "did not end with the same adapters"),
+    ],
+    ids=["good", "lost", "twice", "apart", "nan adapter", "nan loss", "users apart"],
+)
+def test_the_page_of_tiers_says_what_the_numbers_say(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    result = tiers(**changes)
+    found, page = verdict_of_tiers(result), write_tiers(result, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert found.agree == (not words) and words in found.sentence
+    assert ("Warning." in page) == bool(words) and "<b>ann</b>" not in page
+    assert not re.search(r"(src|href)=.https?:", page), "nothing is fetched"

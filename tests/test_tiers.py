@@ -320,20 +320,31 @@ def test_user_and_edge_die_together(
         same(undisturbed(), (outcome.losses, second.adapter_state() | second.pull(optimizer=True)))
 
 
+def by_hand(user: Client, after: Callable[[int], None]) -> list[float]:
+    """Make four steps; returns their losses. `after` is called after each but the last."""
+    data, losses = datasets()[0], list[float]()
+    trainer = Trainer(user.model, data, [], settings(accumulate=2), pad_id=0, seed=3, remote=user.remote())
+    for step, numbers in enumerate(trainer._plan(), 1):
+        losses.append(trainer.step([[data[i] for i in batch] for batch in numbers])[0])
+        trainer.outcome.step = step
+        if step < 4:
+            after(step)
+    user.span.flush()
+    return losses
+
+
 def test_an_edge_that_is_come_back_to_has_forgotten_what_it_knew(
     llama_folder: Path, keys: Path, undisturbed: Any
 ) -> None:
     """Edge 0 dies for its user only, and still holds the run when the user returns to it two steps later."""
     with tiers(llama_folder, keys) as at:
         user = at.user(0, first=0)
-        trainer = Trainer(user.model, datasets()[0], [], settings(accumulate=2), pad_id=0, seed=3, remote=user.remote())
-        plan, losses = trainer._plan(), []
-        for step in range(4):
-            losses.append(trainer.step([[datasets()[0][i] for i in batch] for batch in next(plan)])[0])
-            trainer.outcome.step += 1
-            if step in (1, 2):
+
+        def after(step: int) -> None:
+            if step in (2, 3):
                 user.link._move(user.link._link, LinkError("as if it were gone"))  # type: ignore[union-attr]
-        user.span.flush()
+
+        losses = by_hand(user, after)
         assert at.cloud.steps == 4 and user.link.moves == 2  # type: ignore[union-attr]
         same(undisturbed(), (losses, user.adapter_state() | user.pull(optimizer=True)))
 
@@ -342,17 +353,15 @@ def test_the_cloud_too_is_restarted(llama_folder: Path, keys: Path, tmp_path: Pa
     """The run is taken over from the cloud's journal."""
     with tiers(llama_folder, keys, journal=tmp_path) as at:
         user = at.user(0, first=0)
-        trainer = Trainer(user.model, datasets()[0], [], settings(accumulate=2), pad_id=0, seed=3, remote=user.remote())
-        plan, losses = trainer._plan(), []
-        for step in range(4):
-            losses.append(trainer.step([[datasets()[0][i] for i in batch] for batch in next(plan)])[0])
-            trainer.outcome.step += 1
-            if step == 1:
+
+        def after(step: int) -> None:
+            if step == 2:
                 at.kill(0)
                 for key in list(at.cloud.runs):
                     at.cloud.table.close(*key, forget=False)
                 assert not at.cloud.runs
-        user.span.flush()
+
+        losses = by_hand(user, after)
         same(undisturbed(), (losses, user.adapter_state() | user.pull(optimizer=True)))
         assert list(at.cloud.runs) == [("edge-1", "u0/run")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from markupsafe import Markup
@@ -13,12 +14,13 @@ from noren.report.result import TiersResult
 
 def verdict(result: TiersResult) -> Verdict:
     """Say whether the run came out as if nothing had happened, and each step was made once."""
-    shown = words.difference(max(result.largest_loss_difference, result.largest_adapter_difference))
+    both = (result.largest_loss_difference, result.largest_adapter_difference)
+    agrees, apart = all(one <= AGREEMENT for one in both), next(filter(math.isnan, both), max(both))
+    shown = words.difference(apart)
     uneven = [user.name for user in result.users if user.steps != list(range(1, len(user.undisturbed) + 1))]
-    apart = max(result.largest_loss_difference, result.largest_adapter_difference)
     if uneven:
         sentence = f"Steps are missing, or were made twice: {words.listed(uneven)}."
-    elif not apart <= AGREEMENT:
+    elif not agrees:
         sentence = f"The run in which {result.killed} was killed does not agree with the undisturbed one: {shown}."
     elif not result.users_agree:
         sentence = "The users did not end with the same adapters."
@@ -27,7 +29,7 @@ def verdict(result: TiersResult) -> Verdict:
             f"{result.killed} was killed, and nothing was lost: every user made every step once, all ended with the "
             f"same adapters, and the largest difference from an undisturbed run is {shown}."
         )
-    return Verdict(agree=not uneven and apart <= AGREEMENT and result.users_agree, sentence=sentence, difference=shown)
+    return Verdict(agree=not uneven and agrees and result.users_agree, sentence=sentence, difference=shown)
 
 
 def write_tiers(result: TiersResult, path: Path) -> Path:
