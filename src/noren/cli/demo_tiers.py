@@ -6,6 +6,7 @@ The same run is made once more without the kill, and the two are compared.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import threading
@@ -179,14 +180,14 @@ def _report(out: Path, disturbed: Tiers, undisturbed: Tiers, seconds: float) -> 
     from noren.report.result import TiersResult, UserResult
     from noren.report.tiers import verdict, write_tiers
 
-    users, states, apart = [], [], 0.0
+    users, states, apart = [], [], list[float]()
     for name, user in disturbed.users.items():
         other = undisturbed.users[name]
         assert user.done is not None and other.done is not None
         found, calm = (
             load_file(Path(one.done["adapter"]) / "adapter_model.safetensors") for one in (user, other) if one.done
         )
-        apart = max(apart, *(float((found[key] - tensor).abs().max()) for key, tensor in calm.items()))
+        apart += [float((found[key] - tensor).abs().max()) for key, tensor in calm.items()]
         states.append(found)
         held_out = [user.done["held_out"][str(step)] for step in (0, disturbed.steps)]
         moved = "going on at" in (disturbed.out / f"{name}.log").read_text(encoding="utf-8")
@@ -202,10 +203,10 @@ def _report(out: Path, disturbed: Tiers, undisturbed: Tiers, seconds: float) -> 
     result = TiersResult(
         title="Four users, two edges, one cloud", model="embedded", plan=PLAN, every=EVERY, killed=EDGES[0],
         users=users,
-        largest_loss_difference=max(
-            abs(a - b) for user in users for a, b in zip(user.losses, user.undisturbed, strict=False)
+        largest_loss_difference=_largest(
+            [abs(a - b) for user in users for a, b in zip(user.losses, user.undisturbed, strict=False)]
         ),
-        largest_adapter_difference=apart,
+        largest_adapter_difference=_largest(apart),
         users_agree=all(bool((state[key] == tensor).all()) for state in states for key, tensor in states[0].items()),
         peak_bytes=disturbed.peaks, seconds=seconds, folder=str(out),
     )  # fmt: skip
@@ -219,3 +220,8 @@ def _report(out: Path, disturbed: Tiers, undisturbed: Tiers, seconds: float) -> 
     say("memory at the peak: " + ", ".join(f"{name} {bytes_of(value)}" for name, value in result.peak_bytes.items()))
     say("no guard was active: edges and cloud that know the base model can read much from hidden states")
     say(f"report: {report}  ({seconds:.0f} s in all)")
+
+
+def _largest(values: list[float]) -> float:
+    """The largest, or not a number if any is not."""
+    return next((value for value in values if math.isnan(value)), max(values, default=0.0))
